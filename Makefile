@@ -1,0 +1,31 @@
+PY := .venv/bin/python
+# Threads that spin while they wait slow every build on a small or shared machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: setup demo test check docs clean
+
+setup: .venv/.ready
+
+# torch first and by exact version: a bare `torch` would pull gigabytes of CUDA libraries.
+.venv/.ready: pyproject.toml
+	python3 -m venv .venv
+	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	.venv/bin/sdcompile build recipes/tiny-openvino-bf16.yaml
+	.venv/bin/sdcompile generate artifacts/tiny-openvino-bf16.sdc "a small red circle above a large blue square on a yellow background" --seed 7 --output artifacts/demo
+
+test: setup
+	$(PY) -m pytest
+
+check: setup
+	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/lint-imports
+	$(PY) -m pytest -m 'not tiny and not device'
+
+docs: setup
+	$(PY) scripts/write_docs.py
+
+clean:
+	rm -rf .venv artifacts/store artifacts/*.sdc

@@ -1,0 +1,1 @@
+"""How the tiny model is trained; run by `scripts/train_tiny.py`, never imported by the package."""

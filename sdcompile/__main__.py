@@ -1,0 +1,5 @@
+"""`python -m sdcompile`."""
+
+from sdcompile.cli import main
+
+main()

@@ -1,0 +1,18 @@
+"""Backends: what turns a component into an engine, and an engine into arrays.
+
+A backend is one file with one `BACKEND` record and one row in the table below. Its heavy
+library is imported inside `build` and `open`; `probe` reads package metadata only, so that
+`plan` and `doctor` work where the library is missing and can say how to get it. A backend
+knows no recipe and no store.
+"""
+
+from __future__ import annotations
+
+from sdcompile.backends import onnxruntime, openvino, reference, stub
+from sdcompile.backends.base import Backend, Engine, Host, Probe
+
+__all__ = ["BACKENDS", "Backend", "Engine", "Host", "Probe"]
+
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (stub.BACKEND, reference.BACKEND, onnxruntime.BACKEND, openvino.BACKEND)
+}

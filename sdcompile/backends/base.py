@@ -1,0 +1,153 @@
+"""The words every backend shares: its record, its engine, and the card an engine folder carries.
+
+Standard library only. It knows no engine library.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sdcompile.errors import StageError
+from sdcompile.spec import ComponentSpec, Job, Kind, Precision, Range, Shapes, TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pydantic import BaseModel
+
+
+class Engine(Protocol):
+    """A component that runs: arrays in, arrays out.
+
+    `facts` tells what really runs ({"device": "CPU", "precision": "fp32", ...}), which may
+    differ from what was asked. Feeds are never changed; outputs belong to the caller.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Host:
+    """How a host wants engines opened: worker threads (None = the library's choice) and a
+    folder for compiled-model caches (None = do not cache)."""
+
+    threads: int | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a look at this machine found: is the backend usable, which version, on what devices,
+    or why not and what to type."""
+
+    available: bool
+    version: str | None = None
+    devices: tuple[str, ...] = ()
+    reason: str = ""
+    hint: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to build and run components.
+
+    takes      the form `build` reads: "checkpoint" or "onnx"
+    realises   precision -> names of the passes that put it in the graph; () = the build does it
+    options    pydantic model of the recipe's `build:` mapping for this backend
+    export     options this backend asks of the ONNX exporter (e.g. {"attention": "mha"})
+    packages   distributions whose versions decide the bytes `build` writes (part of the key)
+    probe      () -> Probe, from metadata only
+    build      (src, out, job): read the form in `src`, write the engine's files into `out`
+    open       (dir, host): the engine in `dir`, ready to run
+    host_bound True when the bytes `build` writes also depend on this machine's processor
+    verifiable False for engines that compute nothing a reference could be compared with
+    """
+
+    name: str
+    takes: Kind
+    realises: Mapping[Precision, tuple[str, ...]]
+    options: type[BaseModel]
+    probe: Callable[[], Probe]
+    build: Callable[[Path, Path, Job], None]
+    open: Callable[[Path, Host], Engine]
+    packages: tuple[str, ...] = ()
+    revision: int = 1
+    export: Mapping[str, Any] = field(default_factory=dict)
+    host_bound: bool = False
+    verifiable: bool = True
+
+
+CARD = "engine.json"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an engine folder says of itself in engine.json: all that `open` needs besides the engine's files.
+
+    params     what the build was told (job.params)
+    measured   what the build found out on this machine and decided (timings, choices)
+    """
+
+    backend: str
+    component: str
+    precision: Precision
+    spec: ComponentSpec
+    shapes: Shapes
+    params: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return self.params.get("options") or {}
+
+
+def card_from_job(backend: str, job: Job, measured: Mapping[str, Any] | None = None) -> Card:
+    if job.spec is None:
+        raise ValueError(f"{backend}: a build needs job.spec")
+    return Card(backend, job.component, job.precision, job.spec, job.shapes, job.params, measured or {})
+
+
+def write_card(folder: Path, card: Card) -> None:
+    data = {
+        "backend": card.backend,
+        "component": card.component,
+        "precision": card.precision,
+        "spec": card.spec.as_json(),
+        "shapes": {letter: list(bounds) for letter, bounds in card.shapes.items()},
+        "params": dict(card.params),
+        "measured": dict(card.measured),
+    }
+    (folder / CARD).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_card(folder: Path, backend: str) -> Card:
+    """The card of the engine in `folder`. Raises StageError when it is missing, damaged or another backend's."""
+    path = folder / CARD
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        card = Card(
+            backend=data["backend"],
+            component=data["component"],
+            precision=data["precision"],
+            spec=ComponentSpec.from_json(data["component"], data["spec"]),
+            shapes={letter: Range(*bounds) for letter, bounds in data["shapes"].items()},
+            params=data["params"],
+            measured=data["measured"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{folder} holds no whole engine: {CARD}: {error}", "build it again") from error
+    if card.backend != backend:
+        raise StageError(f"{folder} holds an engine of backend {card.backend}, not of {backend}")
+    return card

@@ -1,0 +1,360 @@
+"""The OpenVINO backend: the exported graph as OpenVINO IR, compiled on the CPU when it is opened.
+
+Precision is a compile hint here, always stated and always read back from what was compiled: a
+CPU without bf16 or fp16 units computes in fp32 whatever was asked. It knows no model and no store.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sdcompile import machine
+from sdcompile.backends import mapped, racing
+from sdcompile.backends.base import Backend, Card, Engine, Host, Probe, card_from_job, read_card, write_card
+from sdcompile.errors import HostError, StageError
+from sdcompile.spec import Job, Say
+
+if TYPE_CHECKING:
+    import numpy as np
+    import openvino as ov
+
+_HINT = "pip install 'sdcompile[openvino]'"
+_TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_NAMES = {"float32": "fp32", "f32": "fp32", "float16": "fp16", "f16": "fp16", "bfloat16": "bf16", "bf16": "bf16"}
+
+_COMPILED_BYTES = 500_000_000
+"""Compiled models of one engine are kept up to this much weight, four at most; the one in use always is."""
+
+_TIE = 1.05
+"""fp16 may be this much slower than bf16 and still be taken: its error is eight times smaller."""
+
+_GAIN = 1.03
+"""A dynamic model must be this much slower than a static one before it is given up."""
+
+_PAYBACK_CALLS = 100
+"""Calls after which a static compilation must have paid for itself: five images of twenty steps."""
+
+_FP16_MAX = 65504.0
+_FP16_SMALLEST_NORMAL = 2.0**-14
+
+_MASK = 1e30
+"""Finite values beyond this stand for infinity in attention masks; they are no weights."""
+
+_CHUNK = 1 << 24
+
+
+class Options(BaseModel):
+    """`build:` of a recipe whose backend is openvino.
+
+    half        "auto": where bf16 is asked and the CPU has fp16 units, both are timed and fp16 taken
+                when it ties, as its error is smaller; "asked": bf16 means bf16
+    shape_mode  "static" compiles once per requested shape, "dynamic" once for all; "auto" times both
+    weights     how weights are stored; "auto" stores fp16 for fp16 and bf16 when their range allows
+    streams     requests in flight OpenVINO prepares for; a pipeline sends one at a time
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    half: Literal["asked", "auto"] = "auto"
+    shape_mode: Literal["auto", "static", "dynamic"] = "auto"
+    weights: Literal["auto", "fp32", "fp16"] = "auto"
+    streams: int = Field(default=1, ge=1)
+
+
+def probe() -> Probe:
+    version = machine.version("openvino")
+    if version is None:
+        return Probe(available=False, reason="openvino is not installed", hint=_HINT)
+    units = half_units(machine.cpu_features())
+    missing = [name for name in ("bf16", "fp16") if name not in units]
+    notes = (
+        ()
+        if not missing
+        else (f"this CPU has no {' or '.join(missing)} units: where asked for, OpenVINO computes in fp32 instead",)
+    )
+    return Probe(available=True, version=version, devices=("CPU",), notes=notes)
+
+
+def half_units(features: Iterable[str]) -> frozenset[str]:
+    """Of bf16 and fp16, those the CPU with these features (`machine.cpu_features`) computes in, as OpenVINO sees it.
+
+    Linux does not list amx_fp16 everywhere, so a missing fp16 is no proof; the compiled model's
+    own report (`facts["precision"]`) is.
+    """
+    flags, units = set(features), set()
+    if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        units.add("bf16")
+    if flags & {"avx512_fp16", "amx_fp16", "asimdhp"}:
+        units.add("fp16")
+    return frozenset(units)
+
+
+def build(src: Path, out: Path, job: Job) -> None:
+    """Convert `src/model.onnx` to `out/model.xml` + `model.bin`, and settle shape mode and half type.
+
+    What "auto" stands for is measured here and written, with the figures, to engine.json. Raises
+    HostError when OpenVINO is missing, StageError when it refuses the graph.
+    """
+    options = Options.model_validate(dict(job.params.get("options") or {}))
+    core = import_openvino().Core()
+    job.say("converting to OpenVINO IR", None)
+    measured = {"weights": convert(core, src / "model.onnx", out, job.precision, options.weights)}
+    measured |= settle(core, out, card_from_job(BACKEND.name, job, measured), options, job.say)
+    write_card(out, card_from_job(BACKEND.name, job, measured))
+
+
+def open_engine(folder: Path, host: Host) -> OpenVinoEngine:
+    """The engine in `folder`. A dynamic one is compiled now, a static one at the first call of each shape.
+
+    Raises HostError when OpenVINO is missing, StageError when the files are damaged.
+    """
+    card = read_card(folder, BACKEND.name)
+    core = import_openvino().Core()
+    measured = card.measured
+    engine = OpenVinoEngine(core, folder, card, host, shape_mode=measured["shape_mode"], hint=measured["hint"])
+    engine.check()
+    return engine
+
+
+def import_openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise HostError(f"backend openvino cannot run here: {error}", _HINT) from error
+    return openvino
+
+
+def convert(core: ov.Core, source: Path, out: Path, precision: str, weights: str) -> str:
+    """Write `out/model.xml` and `out/model.bin`; returns how weights are stored, "fp32" or "fp16".
+
+    fp32 recipes keep fp32 weights. For fp16 and bf16, "auto" stores fp16 (half the disk and half
+    the mapped memory, 11 bits of mantissa where bf16 has 8) unless a weight leaves fp16's range.
+    """
+    try:
+        model = core.read_model(source)
+    except RuntimeError as error:
+        raise StageError(f"OpenVINO refuses {source.name}: {_reason(error)}") from error
+    with mapped.pages_released(source.parent):
+        if weights == "auto":
+            weights = "fp32" if precision == "fp32" or not _fits_fp16(model) else "fp16"
+        import_openvino().save_model(model, out / "model.xml", compress_to_fp16=weights == "fp16")
+    del model
+    mapped.trim()
+    return weights
+
+
+def _fits_fp16(model: ov.Model) -> bool:
+    """False when a weight tensor overflows fp16 or lies wholly among its subnormals."""
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type().get_type_name() != "f32":
+            continue
+        data = node.data.reshape(-1)
+        if data.size < 2:
+            continue
+        largest = max(_largest(data[i : i + _CHUNK]) for i in range(0, data.size, _CHUNK))
+        if _FP16_MAX < largest < _MASK or 0 < largest < _FP16_SMALLEST_NORMAL:
+            return False
+    return True
+
+
+def _largest(chunk: np.ndarray) -> float:
+    return max(float(chunk.max()), -float(chunk.min()))
+
+
+def settle(core: ov.Core, folder: Path, card: Card, options: Options, say: Say) -> dict[str, Any]:
+    """Decide shape mode and compile hint of the engine in `folder`, measuring where they are "auto".
+
+    Returns {"shape_mode", "hint"} and, when something was timed, "timings" and "cpu".
+    """
+    shape_mode: str = options.shape_mode
+    hint: str = card.precision
+    timings: dict[str, Any] = {}
+    if not card.spec.dynamic_letters(card.shapes):
+        shape_mode = "static"
+    elif shape_mode == "auto":
+        say("timing static against dynamic shapes", None)
+        timings["shape_mode"] = _race(core, folder, card, {m: (m, hint) for m in ("static", "dynamic")})
+        shape_mode = choose_shape_mode(timings["shape_mode"])
+    units = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if hint == "bf16" and options.half == "auto" and {"BF16", "FP16"} <= set(units):
+        say("timing fp16 against bf16", None)
+        timings["half"] = _race(core, folder, card, {h: (shape_mode, h) for h in ("bf16", "fp16")})
+        hint = choose_half(timings["half"])
+    settled: dict[str, Any] = {"shape_mode": shape_mode, "hint": hint}
+    if timings:
+        settled |= {"timings": timings, "cpu": core.get_property("CPU", "FULL_DEVICE_NAME")}
+    return settled
+
+
+def choose_shape_mode(timings: Mapping[str, Mapping[str, float]]) -> str:
+    """ "static" when that is 3 % cheaper a call and its compilation, paid once per shape, comes back in 100 calls."""
+    static, dynamic = timings["static"], timings["dynamic"]
+    saved_ms = dynamic["cpu_ms"] - static["cpu_ms"]
+    cheaper = dynamic["cpu_ms"] >= _GAIN * static["cpu_ms"]
+    return "static" if cheaper and _PAYBACK_CALLS * saved_ms >= static["first_cpu_ms"] else "dynamic"
+
+
+def choose_half(timings: Mapping[str, Mapping[str, float]]) -> str:
+    """ "fp16" when it is at most 5 % dearer a call than bf16, else "bf16"."""
+    return "fp16" if timings["fp16"]["cpu_ms"] <= _TIE * timings["bf16"]["cpu_ms"] else "bf16"
+
+
+def _race(core: ov.Core, folder: Path, card: Card, rivals: Mapping[str, tuple[str, str]]) -> dict[str, racing.Timing]:
+    """Time rivals (name -> shape mode, hint) at the usual shapes; large models one at a time, to save memory."""
+
+    def opening(shape_mode: str, hint: str) -> Callable[[], Engine]:
+        return lambda: OpenVinoEngine(core, folder, card, Host(), shape_mode=shape_mode, hint=hint)
+
+    openings = {name: opening(*rival) for name, rival in rivals.items()}
+    return racing.race(openings, racing.usual_feeds(card), together=_compiled_bytes(folder, card) <= _COMPILED_BYTES)
+
+
+def _compiled_bytes(folder: Path, card: Card) -> int:
+    """What the weights may take once compiled: a CPU without half units unpacks fp16 to fp32."""
+    stored = (folder / "model.bin").stat().st_size
+    return 2 * stored if card.measured["weights"] == "fp16" else stored
+
+
+class OpenVinoEngine:
+    """OpenVINO IR on the CPU.
+
+    Weights stay mapped from the file; compiled models of the last shapes are kept as far as
+    `_COMPILED_BYTES` allows. `hint` is the type asked of the compiler ("fp32", "fp16", "bf16").
+    """
+
+    def __init__(self, core: ov.Core, folder: Path, card: Card, host: Host, *, shape_mode: str, hint: str) -> None:
+        self.inputs, self.outputs = card.spec.inputs, card.spec.outputs
+        self._core = core
+        self._folder = folder
+        self._card = card
+        self._host = host
+        self._shape_mode = shape_mode
+        self._hint = hint
+        self._requests: OrderedDict[tuple[tuple[int, ...], ...], ov.InferRequest] = OrderedDict()
+        self._seen: set[tuple[tuple[int, ...], ...]] = set()
+        self._model: ov.Model | None = None
+        self._facts: dict[str, Any] | None = None
+        compiled_bytes = max(1, _compiled_bytes(folder, card))
+        self._keep = min(4, max(1, _COMPILED_BYTES // compiled_bytes))
+        self._cached = host.cache is not None and compiled_bytes <= _COMPILED_BYTES
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the compiled model reports of itself; compiles the usual shape when nothing is compiled yet."""
+        if self._facts is None:
+            self._request(self._usual_shape())
+        assert self._facts is not None
+        return self._facts
+
+    def check(self) -> None:
+        """Read the model, and compile it when one compilation serves every shape."""
+        if self._shape_mode == "dynamic":
+            self._request(())
+        else:
+            self._read()
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        arrays = {t.name: feeds[t.name] for t in self.inputs}
+        key = tuple(array.shape for array in arrays.values())
+        request = self._request(() if self._shape_mode == "dynamic" else key)
+        try:
+            if key in self._seen:
+                results = request.infer(arrays, share_outputs=False)
+            else:
+                # Dynamic kernels pack their weights at the first call of a shape.
+                with mapped.pages_released(self._folder):
+                    results = request.infer(arrays, share_outputs=False)
+                self._seen.add(key)
+        except RuntimeError as error:
+            raise StageError(f"{self._card.component}: OpenVINO cannot run shapes {key}: {_reason(error)}") from error
+        return {t.name: results[t.name] for t in self.outputs}
+
+    def close(self) -> None:
+        self._requests.clear()
+        self._model = None
+        mapped.trim()
+
+    def _usual_shape(self) -> tuple[tuple[int, ...], ...]:
+        if self._shape_mode == "dynamic":
+            return ()
+        return tuple(t.shape(self._card.shapes, "opt") for t in self.inputs)
+
+    def _request(self, key: tuple[tuple[int, ...], ...]) -> ov.InferRequest:
+        """The request whose compiled model takes `key`: one shape per input, or () for any."""
+        if key in self._requests:
+            self._requests.move_to_end(key)
+            return self._requests[key]
+        while len(self._requests) >= self._keep:
+            self._requests.popitem(last=False)
+            mapped.trim()
+        model = self._read()
+        try:
+            if key:
+                model.reshape({t.name: list(shape) for t, shape in zip(self.inputs, key, strict=True)})
+            with mapped.pages_released(self._folder):
+                compiled = self._core.compile_model(model, "CPU", self._settings())
+        except RuntimeError as error:
+            raise StageError(f"{self._card.component}: OpenVINO cannot compile the model: {_reason(error)}") from error
+        # While its mapping is released during later calls, the model that owns it must live.
+        self._model = model
+        self._facts = self._facts_of(compiled)
+        self._requests[key] = compiled.create_infer_request()
+        return self._requests[key]
+
+    def _read(self) -> ov.Model:
+        try:
+            return self._core.read_model(self._folder / "model.xml")
+        except RuntimeError as error:
+            raise StageError(
+                f"{self._folder} holds no whole OpenVINO model: {_reason(error)}", "build it again"
+            ) from error
+
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _TYPES[self._hint],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": self._card.options.get("streams", 1),
+        }
+        if self._host.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = self._host.threads
+        # A cached large model saves a tenth of its compilation (fp16 weights, 220 M parameters: 2.9 s of
+        # processor time to 2.7) and costs its weights again, on disk and in memory while it loads.
+        if self._cached:
+            settings["CACHE_DIR"] = str(self._host.cache)
+        return settings
+
+    def _facts_of(self, compiled: ov.CompiledModel) -> dict[str, Any]:
+        return {
+            "device": "CPU",
+            "precision": _NAMES[compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()],
+            "asked": self._card.precision,
+            "weights": self._card.measured["weights"],
+            "execution_mode": str(compiled.get_property("EXECUTION_MODE_HINT")).rpartition(".")[2].lower(),
+            "shape_mode": self._shape_mode,
+            "streams": int(compiled.get_property("NUM_STREAMS")),
+            "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
+        }
+
+
+def _reason(error: Exception) -> str:
+    """The last telling line of an OpenVINO error, which starts with its source position."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+BACKEND = Backend(
+    name="openvino",
+    takes="onnx",
+    realises={"fp32": (), "fp16": (), "bf16": ()},
+    options=Options,
+    probe=probe,
+    build=build,
+    open=open_engine,
+    packages=("openvino",),
+    host_bound=True,
+)

@@ -1,0 +1,183 @@
+"""The bundle: the one thing the compiler writes and the runtime reads.
+
+    NAME.sdc/
+      manifest.json       what this is, made of what, by what, for what, and how it was verified
+      README.md           the command that runs it
+      components/<name>/  engine files, as the backend wrote them
+      samplers/<name>.npz compiled sampler tables
+      tokenizer/          tokenizer.json
+      reports/            verify.json, verify.xml (JUnit)
+
+This room knows files and hashes. It refuses to know how an engine is built or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sdcompile.errors import BundleError
+from sdcompile.spec import ComponentSpec, Precision, Range, Shapes
+
+SCHEMA_VERSION = 1
+SUFFIX = ".sdc"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Frozen):
+    """Size and sha256 of one file, keyed by its path relative to the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+class ComponentEntry(_Frozen):
+    """One engine: what made it, what it takes, what really ran when it was verified, and how well."""
+
+    backend: str
+    precision: Precision
+    params: dict[str, Any] = Field(default_factory=dict)
+    spec: dict[str, Any]
+    facts: dict[str, Any] = Field(default_factory=dict)
+    verification: dict[str, Any] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+
+class SamplerEntry(_Frozen):
+    """One compiled sampler: the diffusers scheduler it stands for and the step counts it holds."""
+
+    file: str
+    scheduler: str
+    config: dict[str, Any] = Field(default_factory=dict)
+    num_inference_steps: tuple[int, ...]
+
+
+class TokenizerEntry(_Frozen):
+    """How prompts become ids: the tokenizer.json, the padding id and the length of one chunk."""
+
+    file: str
+    max_length: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+
+class Defaults(_Frozen):
+    """What a request that leaves an argument open gets."""
+
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    negative_prompt: str = ""
+
+
+class Manifest(_Frozen):
+    """Everything a bundle says of itself. `facts` are the family's (see `Family.facts`)."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    family: str
+    sdcompile: str
+    built_at: str
+    recipe: dict[str, Any]
+    source: dict[str, Any]
+    licence: str | None = None
+    tools: dict[str, str]
+    host: dict[str, Any]
+    facts: dict[str, Any]
+    shapes: dict[str, tuple[int, int, int]]
+    components: dict[str, ComponentEntry]
+    tokenizer: TokenizerEntry
+    samplers: dict[str, SamplerEntry]
+    defaults: Defaults
+    verification: dict[str, Any]
+    files: dict[str, FileEntry]
+
+    def ranges(self) -> Shapes:
+        return {letter: Range(*bounds) for letter, bounds in self.shapes.items()}
+
+    def component_spec(self, name: str) -> ComponentSpec:
+        return ComponentSpec.from_json(name, self.components[name].spec)
+
+
+def digest(folder: Path) -> str:
+    """sha256 of the manifest, which holds the sha256 of every other file: the bundle's identity."""
+    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(folder: str | Path) -> Manifest:
+    """The manifest of the bundle at `folder`.
+
+    Raises BundleError when the path is no bundle, the manifest is damaged, or its schema is
+    newer than this version of sdcompile reads.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise BundleError(f"{folder} does not exist", "build one: sdcompile build RECIPE")
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is a file; a bundle is a folder named NAME{SUFFIX}")
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise BundleError(f"{folder} has no manifest.json, so it is not a bundle (or an unfinished copy of one)")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} is damaged: {error}", "copy the bundle again, or rebuild it") from error
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{folder} has manifest schema {version}; this sdcompile reads schema {SCHEMA_VERSION}",
+            "upgrade sdcompile, or rebuild the bundle with this version",
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(
+            f"{path} is damaged: {where}: {first['msg']}", "copy the bundle again, or rebuild it"
+        ) from error
+
+
+def check(folder: Path, manifest: Manifest, prefixes: tuple[str, ...] = ("",)) -> None:
+    """Check the files whose path starts with one of `prefixes` against the manifest's hashes.
+
+    Raises BundleError naming the first file that is missing, truncated or altered.
+    """
+    for relative, entry in manifest.files.items():
+        if not relative.startswith(prefixes):
+            continue
+        path = folder / relative
+        if not path.is_file():
+            raise BundleError(f"{folder}: {relative} is missing", "copy the bundle again, or rebuild it")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise BundleError(
+                f"{folder}: {relative} has {size} bytes where the manifest says {entry.bytes}: truncated or altered",
+                "copy the bundle again, or rebuild it",
+            )
+        if sha256_of(path) != entry.sha256:
+            raise BundleError(
+                f"{folder}: {relative} does not match its sha256 in the manifest: altered or damaged",
+                "copy the bundle again, or rebuild it",
+            )
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into `folder`, last of all its files."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False, sort_keys=False) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,190 @@
+"""Results as rich renderables. Imports rich, so only functions of this room import it, when they show something."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sdcompile.console.terminal import duration, size
+from sdcompile.errors import SdcompileError
+
+Facts = Mapping[str, Any]
+
+_STATES = {"hit": ("hit", "green"), "make": ("make", "cyan"), "skip": ("-", "dim"), "cannot": ("cannot", "bold red")}
+
+
+def error(fault: SdcompileError) -> Panel:
+    """The error panel: the message, and the hint below it."""
+    text = Text(fault.message, overflow="fold")
+    if fault.hint:
+        text.append(f"\n\n{fault.hint}", style="cyan")
+    title = type(fault).__name__.removesuffix("Error").removesuffix("Sdcompile").lower()
+    return Panel(text, title=f"{title} error".strip(), title_align="left", border_style="red", box=box.ROUNDED)
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return table
+
+
+def plan(rows: Sequence[Facts]) -> Table:
+    table = _table("step", "", "memory", "disk", "reason", right=("memory", "disk"))
+    for index in range(4):
+        table.columns[index].no_wrap = True
+    for row in rows:
+        word, style = _STATES.get(row["state"], (row["state"], ""))
+        costs = row["state"] in ("make", "cannot")
+        table.add_row(
+            Text(row["step"], style="dim" if row["state"] == "skip" else ""),
+            Text(word, style=style),
+            size(row["memory_bytes"] or None) if costs else "",
+            size(row["disk_bytes"] or None) if costs else "",
+            Text(row["reason"] or ""),
+        )
+    return table
+
+
+def plan_sums(rows: Sequence[Facts]) -> str:
+    todo = [row for row in rows if row["state"] in ("make", "cannot")]
+    if not todo:
+        return f"{len(rows)} steps: nothing to make"
+    memory, disk = max(row["memory_bytes"] for row in todo), sum(row["disk_bytes"] for row in todo)
+    return f"{len(todo)} of {len(rows)} steps to make: at most {size(memory)} of memory, {size(disk)} of disk"
+
+
+def explanation(facts: Facts) -> Iterator[Any]:
+    made = "in the store" if facts["state"] == "hit" else "to be made"
+    yield Text(f"{facts['step']}: {made}", style="bold")
+    if facts["changes"]:
+        yield "changed since the last time:"
+        for change in facts["changes"]:
+            yield f"  {change}"
+    elif facts["state"] != "hit":
+        yield "no longer in the store" if facts["made_before"] else "never made before"
+    yield f"key {facts['key']} is the sha256 of:"
+    yield json.dumps(facts["parts"], indent=2, ensure_ascii=False, default=str)
+
+
+def doctor(facts: Facts) -> Iterator[Any]:
+    features = ", ".join(facts["features"]) or "no known features"
+    yield f"processor  {facts['cpu']}, {facts['threads']} threads ({features})"
+    yield f"memory     {size(facts['memory_available_bytes'])} available of {size(facts['memory_bytes'])}"
+    yield f"store      {facts['store']}: {size(facts['disk_free_bytes'])} free on its disk"
+    table = _table("backend", "version", "devices", "precisions", "")
+    for row in facts["backends"]:
+        words = (
+            " ".join(row["notes"])
+            if row["available"]
+            else f"{row['reason']}: {row['hint']}"
+            if row["hint"]
+            else row["reason"]
+        )
+        table.add_row(
+            Text(row["name"], style="" if row["available"] else "dim"),
+            Text(
+                row["version"] or ("ready" if row["available"] else "missing"),
+                style="green" if row["available"] else "red",
+            ),
+            Text(", ".join(row["devices"])),
+            Text(", ".join(row["precisions"])),
+            Text(words),
+        )
+    yield table
+
+
+def result(facts: Facts) -> Iterator[Any]:
+    if facts["reports"]:
+        yield _figures(facts["reports"])
+    for component, text in facts["fallbacks"].items():
+        yield Text(f"{component}: {text}", style="yellow")
+    if facts["bundle"]:
+        yield f"{facts['bundle']} ({size(facts['bytes'])})"
+        yield f'next: sdcompile generate {facts["bundle"]} "a prompt"'
+    for name, folder in facts["folders"].items():
+        yield f"{name}: {folder}"
+
+
+def _figures(reports: Mapping[str, Facts]) -> Table:
+    table = _table("verified", "backend", "precision", "worst", "floor", "")
+    for name, report in reports.items():
+        worst, floor = report.get("worst") or {}, report.get("floor") or {}
+        if worst.get("psnr_db") is not None:
+            figures, floors = f"PSNR {worst['psnr_db']:.1f} dB", f"{floor.get('min_psnr_db', 0):g} dB"
+        elif worst.get("snr_db") is not None:
+            figures = f"SNR {worst['snr_db']:.1f} dB, cosine {worst.get('cosine', 0):.6f}"
+            floors = f"{floor.get('min_snr_db', 0):g} dB, {floor.get('min_cosine', 0):g}"
+        else:
+            figures, floors = "", ""
+        passed = report.get("passed", False)
+        table.add_row(
+            Text("whole images" if name == "pipeline" else name),
+            Text(str(report.get("backend") or "")),
+            Text(str(report.get("precision") or "")),
+            figures,
+            floors,
+            Text("passed" if passed else "FAILED", style="green" if passed else "bold red"),
+        )
+    return table
+
+
+def manifest(facts: Facts) -> Iterator[Any]:
+    data = facts["manifest"]
+    yield Text(data["name"], style="bold")
+    source = data["source"]
+    rows = {
+        "path": facts["path"],
+        "digest": facts["digest"],
+        "family": data["family"],
+        "source": source.get("id", ""),
+        "revision": source.get("revision"),
+        "licence": data["licence"] or "not stated by the source",
+        "built": f"{data['built_at']} by sdcompile {data['sdcompile']}",
+        "shapes": ", ".join(f"{letter} {_bounds(bounds)}" for letter, bounds in data["shapes"].items()),
+        "samplers": ", ".join(data["samplers"]),
+        "defaults": ", ".join(f"{key} {value!r}" for key, value in data["defaults"].items()),
+        "tools": ", ".join(f"{name} {version}" for name, version in data["tools"].items()),
+        "files": f"{len(data['files'])}, {size(sum(entry['bytes'] for entry in data['files'].values()))}",
+    }
+    for name, value in rows.items():
+        if value is not None:
+            yield f"{name:<9} {value}"
+    table = _table("component", "backend", "precision", "verified", "size", right=("size",))
+    for name, entry in data["components"].items():
+        held = sum(f["bytes"] for path, f in data["files"].items() if path.startswith(f"components/{name}/"))
+        table.add_row(Text(name), entry["backend"], entry["precision"], Text(_verdict(entry)), size(held))
+    yield table
+    for name, entry in data["components"].items():
+        for text in entry["notes"]:
+            yield Text(f"{name}: {text}", style="yellow")
+
+
+def _verdict(entry: Facts) -> str:
+    found = entry["verification"]
+    worst = found.get("worst") or found
+    if worst.get("snr_db") is None:
+        return "not verified" if not found else "passed" if found.get("passed") else ""
+    return f"SNR {worst['snr_db']:.1f} dB"
+
+
+def _bounds(bounds: Sequence[int]) -> str:
+    low, usual, high = bounds
+    return str(usual) if low == high else f"{low}-{high} ({usual})"
+
+
+def freed(facts: Facts) -> Iterator[Any]:
+    verb = "would free" if facts["dry_run"] else "freed"
+    leftovers = f"{facts['leftovers']} leftovers of killed builds"
+    yield f"{verb} {size(facts['bytes'])}: {facts['artifacts']} artifacts, {leftovers}"
+
+
+def images(facts: Facts) -> Iterator[Any]:
+    for row in facts["images"]:
+        yield f"{row['path']}  seed {row['seed']}, {duration(row['seconds'])}"

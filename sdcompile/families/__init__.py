@@ -1,0 +1,63 @@
+"""Model families: what is true of a kind of diffusion model, whatever it is compiled for.
+
+A family is one file with one `FAMILY` record and one row in the table below. Its upper half
+is plain Python and numpy and is shared with the runtime; the torch half is imported inside
+`load_module`. A family knows no backend, no recipe file and no store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompile.families import sd
+from sdcompile.spec import ComponentSpec, Shapes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+Configs = Mapping[str, Mapping[str, Any]]
+"""The source's JSON files by folder: model_index, unet, vae, text_encoder, tokenizer, scheduler."""
+
+ShapeRequest = Mapping[str, tuple[int, int, int] | None]
+"""(min, opt, max) as a recipe states it for batch, height, width and tokens; None = the model's own."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A record of data and functions.
+
+    folders            component -> folder of the source that holds its weights
+    required           components every text-to-image bundle needs
+    denoiser           the component called once per sampling step
+    components         configs -> component -> ComponentSpec (checks the configs; RecipeError)
+    shapes             (request, configs) -> Range per shape letter (RecipeError when illegal)
+    facts              configs -> JSON-able facts the runtime needs (latents, tokens, guidance)
+    load_module        (component, checkpoint folder, params) -> nn.Module whose forward takes
+                       the spec's inputs in order and returns the spec's outputs
+    params             component -> names of the recipe fields it understands (e.g. clip_skip)
+    embed              (run text encoder, token ids (n, T) int64) -> rows of conditioning arrays
+    guidance_feeds     (facts, guidance scale, rows) -> extra denoiser inputs that depend on guidance
+    """
+
+    name: str
+    folders: Mapping[str, str]
+    required: tuple[str, ...]
+    denoiser: str
+    components: Callable[[Configs], dict[str, ComponentSpec]]
+    shapes: Callable[[ShapeRequest, Configs], Shapes]
+    facts: Callable[[Configs], dict[str, Any]]
+    load_module: Callable[[str, Path, Mapping[str, Any]], nn.Module]
+    params: Mapping[str, tuple[str, ...]]
+    embed: Callable[[Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]], np.ndarray], dict[str, np.ndarray]]
+    guidance_feeds: Callable[[Mapping[str, Any], float, int], dict[str, np.ndarray]]
+
+
+def _record(module: Any) -> Family:
+    return Family(**{name: getattr(module, name) for name in Family.__dataclass_fields__})
+
+
+FAMILIES: dict[str, Family] = {m.name: _record(m) for m in (sd,)}

@@ -1,0 +1,106 @@
+"""The torch half of family `sd`: diffusers and transformers modules with tensors in, tensor out.
+
+Imported only by `families.sd.load_module`, so that the runtime never meets torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+# low_cpu_mem_usage keeps fp32 safetensors memory-mapped instead of copying them.
+_DIFFUSERS = {"dtype": torch.float32, "low_cpu_mem_usage": True, "local_files_only": True, "use_safetensors": True}
+
+
+class TextEncoder(nn.Module):
+    """input_ids (R, T) -> hidden states (R, T, D) of the layer `clip_skip` counts back to.
+
+    As diffusers does: the skipped layers' input goes through the final layer norm.
+    """
+
+    def __init__(self, model: Any, clip_skip: int) -> None:
+        super().__init__()
+        self.text_model = getattr(model, "text_model", model)
+        self.clip_skip = clip_skip
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.clip_skip == 0:
+            return self.text_model(input_ids=input_ids, return_dict=True).last_hidden_state
+        states = self.text_model(input_ids=input_ids, output_hidden_states=True, return_dict=True).hidden_states
+        return self.text_model.final_layer_norm(states[-(self.clip_skip + 1)])
+
+
+class Denoiser(nn.Module):
+    """sample (R, C, h, w), timestep (R,), encoder_hidden_states (R, T, D)[, timestep_cond (R, E)] -> (R, C, h, w)."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
+    ) -> Tensor:
+        return self.unet(
+            sample,
+            timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            return_dict=False,
+        )[0]
+
+
+class VaeDecoder(nn.Module):
+    """latent_sample (B, C, h, w), already unscaled -> pixels (B, 3, H, W) in [-1, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        if self.post_quant_conv is not None:
+            latent_sample = self.post_quant_conv(latent_sample)
+        return self.decoder(latent_sample)
+
+
+class VaeEncoder(nn.Module):
+    """sample (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latents, (B, 2C, h, w)."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.quant_conv, self.encoder = vae.quant_conv, vae.encoder
+
+    def forward(self, sample: Tensor) -> Tensor:
+        moments = self.encoder(sample)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+
+def _text_encoder(folder: Path, params: Mapping[str, Any]) -> nn.Module:
+    model = CLIPTextModel.from_pretrained(
+        folder, dtype=torch.float32, low_cpu_mem_usage=True, local_files_only=True, use_safetensors=True
+    )
+    return TextEncoder(model, int(params.get("clip_skip") or 0))
+
+
+def _unet(folder: Path, params: Mapping[str, Any]) -> nn.Module:
+    return Denoiser(UNet2DConditionModel.from_pretrained(folder, **_DIFFUSERS))
+
+
+def _vae(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Path, Mapping[str, Any]], nn.Module]:
+    def load(folder: Path, params: Mapping[str, Any]) -> nn.Module:
+        return wrap(AutoencoderKL.from_pretrained(folder, **_DIFFUSERS))
+
+    return load
+
+
+LOADERS: dict[str, Callable[[Path, Mapping[str, Any]], nn.Module]] = {
+    "text_encoder": _text_encoder,
+    "unet": _unet,
+    "vae_decoder": _vae(VaeDecoder),
+    "vae_encoder": _vae(VaeEncoder),
+}

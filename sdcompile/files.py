@@ -1,0 +1,30 @@
+"""Putting files where another folder needs them without a second copy on disk.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`: a hard link, or a copy where the disks differ."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """`link` every file below the folder `source` to the same place below `target`."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            link(path, target / path.relative_to(source))
+
+
+def size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,102 @@
+"""What this machine is: processor, memory, disk, and the versions of what is installed on it.
+
+Reads /proc and package metadata only; imports none of the libraries it reports on.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+# The instruction sets that decide which precision is fast, and whether it runs at all.
+_FEATURES = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
+    "amx_fp16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16",
+)  # fmt: skip
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    rows = (line.partition(":") for line in text.split("\n\n", 1)[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in rows}
+
+
+def cpu_model() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Which of the instruction sets that matter here this processor has."""
+    info = _cpuinfo()
+    present = set((info.get("flags") or info.get("Features") or "").split())
+    return tuple(feature for feature in _FEATURES if feature in present)
+
+
+def threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def identity() -> dict[str, str]:
+    """What of this machine can change the bytes or figures of a step: part of such steps' keys."""
+    return {"machine": platform.machine(), "cpu": cpu_model(), "features": " ".join(cpu_features())}
+
+
+def memory_bytes() -> tuple[int, int]:
+    """(total, available) memory; available counts what the kernel can free, and obeys a cgroup limit."""
+    rows = {}
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            rows[name] = int(value.split()[0]) * 1024
+    except OSError:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total, total
+    total, available = rows["MemTotal"], rows["MemAvailable"]
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return total, available
+    return min(total, limit), min(available, max(0, limit - used))
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free bytes on the disk that holds `folder`, or would once it exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def reset_peak() -> None:
+    """Start a new measurement of `peak_bytes` (Linux; elsewhere the peak is since process start)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process since `reset_peak`."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

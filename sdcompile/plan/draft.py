@@ -1,0 +1,80 @@
+"""Laying out steps one by one: each gets the keys of its inputs, its versions and its obstacle on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sdcompile.backends import BACKENDS
+from sdcompile.families import Family
+from sdcompile.passes import PASSES
+from sdcompile.plan.steps import SOURCE, Machine, Step
+from sdcompile.spec import ComponentSpec, Job, Kind, Shapes, Stage
+from sdcompile.steps import OPS
+from sdcompile.store import key_of
+
+if TYPE_CHECKING:
+    from sdcompile.steps.layout import Source
+
+
+@dataclass
+class Draft:
+    """Steps being laid out; turns names of inputs into keys as it goes."""
+
+    family: Family
+    source: Source
+    machine: Machine
+    steps: dict[str, Step] = field(default_factory=dict)
+
+    def add(
+        self,
+        component: str,
+        op: str,
+        inputs: Mapping[str, str],
+        params: Mapping[str, Any],
+        *,
+        spec: ComponentSpec | None = None,
+        shapes: Shapes | None = None,
+        precision: Any = "fp32",
+        memory: int = 0,
+        disk: int = 0,
+    ) -> str:
+        stage, gives, revision, packages, host, cannot = _about(op, self.machine)
+        letters = {d for t in (*spec.inputs, *spec.outputs) for d in t.dims} if spec and shapes else set()
+        bound = {letter: bounds for letter, bounds in (shapes or {}).items() if not spec or letter in letters}
+        parts = {
+            "op": op,
+            "revision": revision,
+            "component": component,
+            "params": params,
+            "precision": precision,
+            "spec": spec.as_json() if spec else None,
+            "shapes": {letter: list(bounds) for letter, bounds in bound.items()},
+            "inputs": {role: name if name == SOURCE else self.steps[name].key for role, name in inputs.items()},
+            "versions": {name: self.machine.versions.get(name) for name in packages},
+            "machine": dict(self.machine.identity) if host else None,
+        }
+        job = Job(component, params, precision, spec, bound)
+        step = Step(component, stage, op, gives, dict(inputs), job, parts, key_of(parts), cannot, memory, disk)
+        self.steps[step.name] = step
+        return step.name
+
+
+def _about(op: str, machine: Machine) -> tuple[Stage, Kind, int, tuple[str, ...], bool, str]:
+    """Stage, kind given, revision, packages, machine-bound and obstacle of an op, pass or backend."""
+    if op in BACKENDS:
+        backend = BACKENDS[op]
+        probe = machine.probes[op]
+        cannot = "" if probe.available else f"{probe.reason} ({probe.hint})"
+        return "compile", "engine", backend.revision, backend.packages, backend.host_bound, cannot
+    if op in PASSES:
+        record = PASSES[op]
+        return record.stage, record.kind, record.revision, record.packages, False, _missing(record.packages, machine)
+    row = OPS[op]
+    return row.stage, row.gives, row.revision, row.packages, row.host, _missing(row.packages, machine)
+
+
+def _missing(packages: Iterable[str], machine: Machine) -> str:
+    missing = [name for name in packages if machine.versions.get(name) is None]
+    return f"{', '.join(missing)} not installed (pip install 'sdcompile[compile]')" if missing else ""

@@ -1,0 +1,87 @@
+"""Recipes outward: as plain data, as a JSON schema for editors, and as the text of a new file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sdcompile.recipe.model import Known, Recipe, VerifyRecipe, known_names
+
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def dump(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with its defaults and overlays, as JSON-able data in one fixed order.
+
+    `Recipe.model_validate(dump(recipe))` gives an equal recipe (but for its folder).
+    """
+    return recipe.model_dump(mode="json", exclude_none=True)
+
+
+def schema(known: Known | None = None) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe, with the names this installation knows."""
+    known = known or known_names()
+    result = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema(mode="validation")}
+    result["title"] = "sdcompile recipe"
+    parts = result["$defs"]
+    components = list(dict.fromkeys(c for fields in known.families.values() for c in fields))
+    fields = result["properties"]
+    fields["family"]["enum"] = list(known.families)
+    fields["backend"]["enum"] = list(known.backends)
+    fields["components"]["propertyNames"] = {"enum": components}
+    for branch in parts["ComponentRecipe"]["properties"]["backend"]["anyOf"]:
+        if branch.get("type") == "string":
+            branch["enum"] = list(known.backends)
+    fields["samplers"]["items"] = {
+        "anyOf": [{"enum": list(known.samplers)}, {"$ref": "#/$defs/SamplerRecipe"}],
+        "description": "A short name, or {name, scheduler, config fields of the diffusers scheduler}.",
+    }
+    floors = {name: {"$ref": "#/$defs/FloorRecipe"} for name in components if name not in VerifyRecipe.model_fields}
+    parts["VerifyRecipe"]["properties"].update(floors)
+    parts["VerifyRecipe"]["additionalProperties"] = False
+    return result
+
+
+_STARTER = """\
+# sdcompile build {name}.yaml
+version: 1
+name: {name}
+family: {family}
+# builtin:tiny, hf://org/name@revision, a diffusers folder (relative to this file) or a .safetensors file
+source: {source}
+backend: {backend}             # sdcompile doctor lists what this machine has
+precision: {precision}         # fp32 | fp16 | bf16 | int8
+
+# Images per call and pixels: one number (static) or [min, opt, max]. Unset: one image of the model's own size.
+# shapes: {{batch: [1, 1, 4], height: 512, width: [512, 512, 768]}}
+
+# The first is the default. A mapping sets fields of the diffusers scheduler:
+#   - {{name: dpmpp_2m_karras, scheduler: DPMSolverMultistepScheduler, use_karras_sigmas: true}}
+samplers: [dpmpp_2m, euler, ddim]
+defaults: {{num_inference_steps: 20, guidance_scale: 7.5}}
+
+# Per component: backend, precision, build options; clip_skip for text_encoder. vae_encoder is built when listed.
+# components: {{vae_decoder: {{precision: fp32}}}}
+
+# How close to the fp32 reference each component must come; on_fail: fallback rebuilds in fp32 instead of stopping.
+# verify: {{unet: {{min_snr_db: 30}}, on_fail: stop}}
+"""
+
+
+def starter(family: str, backend: str, precision: str, source: str, name: str | None = None) -> str:
+    """The text of a new recipe, with comments on what else may be set."""
+    return _STARTER.format(
+        name=name or f"{family}-{backend}-{precision}",
+        family=family,
+        backend=backend,
+        precision=precision,
+        # JSON strings are YAML strings: quoted only where a plain one would be read otherwise.
+        source=source if _is_plain(source) else json.dumps(source, ensure_ascii=False),
+    )
+
+
+def _is_plain(text: str) -> bool:
+    from sdcompile.recipe.yamltext import read
+
+    parsed = read(f"a: {text}\n")
+    return not parsed.broken and not parsed.faults and parsed.data == {"a": text}

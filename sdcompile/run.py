@@ -1,0 +1,378 @@
+"""The one loop: take a step's folder from the store, or make it.
+
+Knows how steps follow each other, what a damaged artifact or a missed floor means for a build,
+and nothing of what any step does.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompile import isolated, machine
+from sdcompile.backends import BACKENDS
+from sdcompile.errors import HostError, RecipeError, SdcompileError, StageError, VerifyError
+from sdcompile.families import FAMILIES
+from sdcompile.files import link_tree, size_bytes
+from sdcompile.passes import PASSES
+from sdcompile.plan import SOURCE, Machine, Plan, Step, resolve
+from sdcompile.recipe import ComponentRecipe, Recipe, known_names, load
+from sdcompile.spec import PIPELINE, Job, Say, Stage, say_nothing
+from sdcompile.steps import OPS
+
+if TYPE_CHECKING:
+    from sdcompile.console import Observer
+    from sdcompile.steps.layout import Source
+    from sdcompile.store import Store
+
+
+ISOLATE_BYTES = 1 << 30
+"""Steps that need more memory than this run in a process of their own. Starting one costs
+some seconds of imports, which only a large model repays."""
+
+
+@dataclass
+class Build:
+    """A recipe on its way to a bundle: everything a command needs to plan, make or explain it."""
+
+    recipe: Recipe
+    source: Source
+    store: Store
+    plan: Plan
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+
+def this_machine() -> Machine:
+    """The facts of this machine that plans depend on; reads metadata only."""
+    packages = {name for row in OPS.values() for name in row.packages}
+    packages |= {name for backend in BACKENDS.values() for name in backend.packages}
+    packages |= {name for record in PASSES.values() for name in record.packages}
+    return Machine(
+        versions={name: machine.version(name) for name in sorted(packages)},
+        probes={name: backend.probe() for name, backend in BACKENDS.items()},
+        identity=machine.identity(),
+    )
+
+
+def prepare(path: Path, sets: tuple[str, ...], store: Store, *, offline: bool) -> Build:
+    """Read the recipe, describe its source and lay out the whole plan."""
+    recipe = load(path, sets)
+    return _lay_out(recipe, recipe.base(), store, offline=offline)
+
+
+def _lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build:
+    from sdcompile.steps import fetch
+
+    family = FAMILIES[recipe.family]
+    components = recipe.wanted(family.required)
+    try:
+        source = fetch.describe(
+            recipe.source,
+            base=base,
+            source_config=recipe.source_config,
+            folders=tuple(dict.fromkeys(family.folders[name] for name in components)),
+            offline=offline,
+            hash_file=store.hash_file,
+        )
+    except RecipeError as error:
+        where = recipe.where("source")
+        raise RecipeError(f"{where}: {error.message}" if where else error.message, error.hint) from error
+    return Build(recipe, source, store, resolve(recipe, source, this_machine()))
+
+
+def wanted(plan: Plan, store: Store) -> dict[str, bool]:
+    """Step name -> must it be made? Steps that nothing missing depends on are left out.
+
+    A hit needs none of its inputs, so a bundle whose intermediates were collected stays built.
+    """
+    consumed = {name for step in plan for name in step.inputs.values()}
+    found: dict[str, bool] = {}
+    todo = [step.name for step in plan if step.name not in consumed or step.gives == "report"]
+    while todo:
+        name = todo.pop()
+        if name in found or name == SOURCE:
+            continue
+        found[name] = store.get(plan[name].key) is None
+        if found[name]:
+            todo.extend(plan[name].inputs.values())
+    return found
+
+
+def check_fit(plan: Plan, store: Store) -> None:
+    """Raise HostError when a step still to be made needs more memory or disk than there is."""
+    missing = [step for step in plan if wanted(plan, store).get(step.name)]
+    obstacles = [f"{step.name}: {step.cannot}" for step in missing if step.cannot]
+    if obstacles:
+        raise HostError("\n".join(obstacles), "`sdcompile doctor` lists what this machine has")
+    _, available = machine.memory_bytes()
+    largest = max(missing, key=lambda step: step.memory_bytes, default=None)
+    if largest and largest.memory_bytes > available:
+        raise HostError(
+            f"{largest.name} needs about {largest.memory_bytes / 2**30:.1f} GiB of memory; "
+            f"{available / 2**30:.1f} GiB are available",
+            "close other programs, build on a larger machine, or try all the same with --force",
+        )
+    need, free = sum(step.disk_bytes for step in missing), machine.free_disk_bytes(store.root)
+    if need > free:
+        raise HostError(
+            f"this build writes about {need / 2**30:.1f} GiB; "
+            f"{free / 2**30:.1f} GiB are free on the disk of {store.root}",
+            "free space with `sdcompile gc`, choose another --store, or try all the same with --force",
+        )
+
+
+def build(
+    work: Build, stage: Stage, observer: Observer, *, only: str | None = None, force: bool = False
+) -> dict[str, Path]:
+    """Make everything `stage` needs; returns step name -> folder of what was needed.
+
+    Raises VerifyError when an engine misses its floor, unless the recipe says `on_fail: fallback`:
+    then the component is rebuilt in fp32 and the bundle's manifest says so.
+    """
+    while True:
+        plan = work.plan.until(stage, only)
+        if not force:
+            check_fit(plan, work.store)
+        try:
+            with work.store.using([step.key for step in plan]):
+                return _make_all(work, plan, observer)
+        except _Missed as missed:
+            name = _fallback_component(work, missed)
+            if name is None:
+                raise missed.error from None
+            asked = work.recipe.effective(name).precision
+            note = (
+                f"asked for {asked}, built in fp32 because verification failed: {missed.error.message.splitlines()[0]}"
+            )
+            observer.warn(f"{name}: {note}")
+            work.fallbacks[name] = note
+            work.recipe = _in_fp32(work.recipe, name)
+            work.plan = resolve(work.recipe, work.source, this_machine(), work.fallbacks)
+
+
+def _in_fp32(recipe: Recipe, component: str) -> Recipe:
+    own = recipe.components.get(component, ComponentRecipe()).model_copy(update={"precision": "fp32"})
+    return recipe.model_copy(update={"components": {**recipe.components, component: own}})
+
+
+class _Missed(Exception):  # noqa: N818 - a turn of the loop, not an error a user meets
+    """A report says its floor was missed."""
+
+    def __init__(self, component: str, error: VerifyError, report: Mapping[str, Any]) -> None:
+        super().__init__(component)
+        self.component, self.error, self.report = component, error, report
+
+
+def _fallback_component(work: Build, missed: _Missed) -> str | None:
+    """Which component to rebuild in fp32: the failing one, or for images the coarsest one left."""
+    if work.recipe.verify.on_fail != "fallback":
+        return None
+    family = FAMILIES[work.recipe.family]
+    candidates = [missed.component] if missed.component != PIPELINE else [family.denoiser, *family.required]
+    for name in candidates:
+        if (
+            work.recipe.effective(name).precision != "fp32"
+            and "fp32" in BACKENDS[work.recipe.effective(name).backend].realises
+        ):
+            return name
+    return None
+
+
+def _make_all(work: Build, plan: Plan, observer: Observer) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    needed = wanted(plan, work.store)
+    for step in plan:
+        if step.name not in needed:
+            continue
+        made = work.store.get(step.key)
+        if made is not None:
+            observer.step_hit(step)
+            work.store.remember(work.recipe.name, step.name, step.key)
+        else:
+            made = _make(work, step, paths, observer)
+        paths[step.name] = made
+        if step.gives == "report":
+            _gate(step, made)
+    return paths
+
+
+def _gate(step: Step, folder: Path) -> None:
+    """Stop where a report says that a floor was missed, whether it was made now or before."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if not report["passed"]:
+        from sdcompile.steps.report import fault
+
+        raise _Missed(step.component, fault(report, folder), report)
+
+
+def _make(work: Build, step: Step, paths: Mapping[str, Path], observer: Observer) -> Path:
+    observer.step_start(step)
+    started = time.monotonic()
+    notes: dict[str, Any] = {}
+    machine.reset_peak()
+    try:
+        with work.store.making(
+            step.key, step.parts, step.name, work.recipe.name, notes=notes,
+            waiting=lambda: observer.step_say(step, "waiting for another build of this step", None),
+        ) as out:  # fmt: skip
+            if out is not None:
+                inputs = {role: _input(work, step, name, paths) for role, name in step.inputs.items()}
+                work_of = partial(_perform, step.op, inputs, out, replace(step.job, say=say_nothing))
+                say: Say = partial(observer.step_say, step)
+                if step.memory_bytes > ISOLATE_BYTES:
+                    notes["peak_bytes"] = isolated.run(work_of, say, step.name)
+                else:
+                    work_of(say)
+                    notes["peak_bytes"] = machine.peak_bytes()
+                notes["seconds"] = round(time.monotonic() - started, 3)
+    except SdcompileError as error:
+        observer.step_failed(step, error)
+        raise
+    except (MemoryError, OSError) as error:
+        observer.step_failed(step, error)
+        raise StageError(
+            f"{step.name} could not finish: {error}", "finished steps are kept; run the same command to go on"
+        ) from error
+    finally:
+        _release()
+    made = work.store.get(step.key)
+    assert made is not None, f"{step.name} left no artifact"
+    observer.step_done(step, time.monotonic() - started, notes.get("peak_bytes", 0))
+    return made
+
+
+def _input(work: Build, step: Step, name: str, paths: Mapping[str, Path]) -> Path:
+    """The folder of an input, its hashes checked first: a damaged artifact must not be built upon."""
+    if name == SOURCE:
+        folders = step.job.params["folder"]
+        return work.source.locate((folders,) if isinstance(folders, str) else tuple(folders), step.job.say)
+    work.store.check(work.plan[name].key)
+    return paths[name]
+
+
+def _perform(op: str, inputs: Mapping[str, Path], out: Path, job: Job, say: Say) -> None:
+    """Call the op, pass or backend build named `op`; picklable, so that another process can."""
+    job = replace(job, say=say)
+    if op in BACKENDS:
+        BACKENDS[op].build(inputs[BACKENDS[op].takes], out, job)
+    elif op in PASSES:
+        PASSES[op].run(inputs, out, job)
+    else:
+        getattr(import_module(OPS[op].module), OPS[op].function)(inputs, out, job)
+
+
+def _release() -> None:
+    """Give memory freed by a step back to the system, so that the next step's peak is its own."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def place(work: Build, folder: Path, output: Path) -> Path:
+    """Put the finished bundle at `output/<name>.sdc`, replacing an older one by renames.
+
+    Raises StageError when the bundle in the store is damaged, HostError when `output` cannot be written.
+    """
+    from sdcompile import bundle
+
+    work.store.check(work.plan["pipeline.package.bundle"].key)
+    name = work.recipe.name
+    target = output / f"{name}{bundle.SUFFIX}"
+    try:
+        if _is_same(folder, target):
+            return target
+        output.mkdir(parents=True, exist_ok=True)
+        fresh, old = output / f".{name}.new", output / f".{name}.old"
+        for stale in (fresh, old):
+            shutil.rmtree(stale, ignore_errors=True)
+        link_tree(folder, fresh)
+        (fresh / "artifact.json").unlink(missing_ok=True)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise HostError(
+            f"cannot write the bundle to {target}: {error.strerror}", "choose another folder with --output"
+        ) from error
+    return target
+
+
+def _is_same(folder: Path, target: Path) -> bool:
+    """Is `target` the finished bundle `folder` already, whole by its files' sizes?"""
+    from sdcompile import bundle
+
+    if not (target / "manifest.json").is_file() or bundle.digest(target) != bundle.digest(folder):
+        return False
+    entries = bundle.read(folder).files.items()
+    return all((target / path).is_file() and (target / path).stat().st_size == e.bytes for path, e in entries)
+
+
+def outcome(work: Build, paths: Mapping[str, Path], placed: Path | None) -> dict[str, Any]:
+    """What a command has to show at its end: the bundle, its size, and the figures of every report."""
+    reports = {
+        step.component: json.loads((paths[step.name] / "report.json").read_text(encoding="utf-8"))
+        for step in work.plan
+        if step.gives == "report" and step.name in paths
+    }
+    return {
+        "name": work.recipe.name,
+        "bundle": str(placed) if placed else None,
+        "bytes": size_bytes(placed) if placed else None,
+        "folders": {name: str(path) for name, path in paths.items()} if placed is None else {},
+        "reports": reports,
+        "fallbacks": dict(work.fallbacks),
+    }
+
+
+def verify_bundle(
+    folder: Path, source: str | None, store: Store, observer: Observer, *, offline: bool
+) -> dict[str, Any]:
+    """Compare a finished bundle's engines with `source` again, on this machine.
+
+    The reference recordings come from the store or are made; the bundle is only read. Raises
+    VerifyError when a floor is missed.
+    """
+    from sdcompile import bundle
+    from sdcompile.steps import verify
+
+    manifest = bundle.read(folder)
+    bundle.check(folder, manifest)
+    source = source or manifest.recipe["source"]
+    if source.startswith(("folder:", "file:")):
+        raise RecipeError(f"{folder} was built from {source}, which only its builder has", "name it: --source FOLDER")
+    recipe = Recipe.model_validate({**manifest.recipe, "source": source}, context=known_names())
+    work = _lay_out(recipe, Path.cwd(), store, offline=offline)
+    plan = work.plan.until("verify")
+    records = [step.name for step in plan if step.op == "record"]
+    if not records:
+        raise StageError(f"{folder} was built with a backend that cannot be verified")
+    work.plan = plan.upstream_of(records)
+    with observer.watching(work.plan):
+        samples = _make_all(work, work.plan, observer)[records[0]]
+        reports = verify.recheck(folder, manifest, samples)
+    for component, report in reports.items():
+        if not report["passed"]:
+            from sdcompile.steps.report import fault
+
+            raise fault(report, folder)
+        observer.note(f"{component}: passed")
+    return {
+        "name": manifest.name,
+        "bundle": str(folder),
+        "bytes": size_bytes(folder),
+        "folders": {},
+        "reports": reports,
+        "fallbacks": {},
+    }

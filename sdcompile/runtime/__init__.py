@@ -1,0 +1,45 @@
+"""Running bundles: prompts in, images out, with numpy, tokenizers, pillow and one engine library.
+
+`load(bundle)` gives a pipeline with diffusers' calling convention. The room knows no compiler
+room and never imports torch, diffusers or transformers; its modules are imported on first use.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from sdcompile.runtime.pipeline import Pipeline
+
+__all__ = ["SdcompileWarning", "load"]
+
+
+class SdcompileWarning(UserWarning):
+    """Something the user should know that does not stop the work, such as a prompt that was cut."""
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    cache: str | Path | None = None,
+    memory: Literal["auto", "low", "high"] = "auto",
+    verify_files: bool = True,
+) -> Pipeline:
+    """Open the bundle folder `path`; engines themselves are opened when a request first needs them.
+
+    threads       worker threads per engine; None = the library's choice
+    cache         folder for compiled-model caches; None = no cache
+    memory        "low": at most one engine is open at a time, so that the peaks of text encoder,
+                  denoiser and VAE do not add up (engines are opened anew for every request);
+                  "high": engines stay open; "auto": "low" when the engines' files times 1.5 and
+                  1 GiB exceed the available memory
+    verify_files  compare the sha256 of every file that will be read with the manifest
+
+    Raises BundleError when the bundle is damaged, incomplete or too new, HostError when this
+    machine lacks what an engine needs, RecipeError for an unknown value of `memory`.
+    """
+    from sdcompile.runtime.opening import open_bundle
+
+    return open_bundle(Path(path), threads, Path(cache) if cache is not None else None, memory, verify_files)

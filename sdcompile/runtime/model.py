@@ -1,0 +1,80 @@
+"""What a pipeline must know of a model, from a bundle or from the folders a build made.
+
+Data only; it knows no engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdcompile import bundle
+from sdcompile.bundle import Defaults, Manifest, SamplerEntry, TokenizerEntry
+from sdcompile.spec import Shapes
+
+
+@dataclass(frozen=True)
+class Model:
+    """A text-to-image model without its engines.
+
+    facts      the family's (`Family.facts`)
+    shapes     the range of every shape letter its engines take
+    tokenizer  the entry; `tokenizer_file` is its tokenizer.json
+    samplers   name -> entry; `tables` is the folder that holds <name>.npz
+    digest     identity of the bundle; "" for a model that is still being built
+    """
+
+    name: str
+    family: str
+    facts: Mapping[str, Any]
+    shapes: Shapes
+    tokenizer: TokenizerEntry
+    tokenizer_file: Path
+    samplers: Mapping[str, SamplerEntry]
+    tables: Path
+    defaults: Defaults
+    digest: str = ""
+
+    @classmethod
+    def from_bundle(cls, folder: Path, manifest: Manifest) -> Model:
+        return cls(
+            name=manifest.name,
+            family=manifest.family,
+            facts=manifest.facts,
+            shapes=manifest.ranges(),
+            tokenizer=manifest.tokenizer,
+            tokenizer_file=folder / manifest.tokenizer.file,
+            samplers=manifest.samplers,
+            tables=folder / "samplers",
+            defaults=manifest.defaults,
+            digest=bundle.digest(folder),
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
+        name: str,
+        family: str,
+        facts: Mapping[str, Any],
+        shapes: Shapes,
+        tokenizer: Path,
+        tables: Path,
+        defaults: Defaults | Mapping[str, Any],
+    ) -> Model:
+        """A model from build products: the `tokenizer` folder (tokenizer.json, entry.json) and the `tables` folder."""
+        entry = json.loads((tokenizer / "entry.json").read_text(encoding="utf-8"))
+        rows = json.loads((tables / "samplers.json").read_text(encoding="utf-8"))
+        return cls(
+            name=name,
+            family=family,
+            facts=facts,
+            shapes=shapes,
+            tokenizer=TokenizerEntry(file="tokenizer.json", **entry),
+            tokenizer_file=tokenizer / "tokenizer.json",
+            samplers={key: SamplerEntry(file=f"{key}.npz", **row) for key, row in rows.items()},
+            tables=tables,
+            defaults=defaults if isinstance(defaults, Defaults) else Defaults(**defaults),
+        )

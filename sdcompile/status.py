@@ -1,0 +1,106 @@
+"""Answers about builds: what would be made and why, what changed, what this machine has.
+
+Reads the plan, the store and package metadata; makes nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompile import machine
+from sdcompile.backends import BACKENDS
+from sdcompile.errors import RecipeError
+from sdcompile.run import Build, wanted
+from sdcompile.spec import PIPELINE
+
+if TYPE_CHECKING:
+    from sdcompile.plan import Step
+
+
+def check_component(work: Build, only: str | None) -> None:
+    """Raise RecipeError when `only` names no component of the plan."""
+    known = sorted({step.component for step in work.plan} - {PIPELINE})
+    if only is not None and only not in known:
+        raise RecipeError(f"--only {only}: no such component", f"this recipe has: {', '.join(known)}")
+
+
+def rows(work: Build, only: str | None) -> list[dict[str, Any]]:
+    """One row per step: hit, make, not needed or cannot; why; estimated memory and disk in bytes."""
+    plan = work.plan.until("package", only)
+    needed = wanted(plan, work.store)
+    table = []
+    for step in plan:
+        if step.name not in needed:
+            state, reason = "skip", "nothing missing depends on it"
+        elif not needed[step.name]:
+            state, reason = "hit", ""
+        else:
+            state, reason = ("cannot", step.cannot) if step.cannot else ("make", _reason(work, step))
+        table.append(
+            {
+                "step": step.name, "component": step.component, "stage": step.stage, "op": step.op, "state": state,
+                "reason": reason, "memory_bytes": step.memory_bytes, "disk_bytes": step.disk_bytes, "key": step.key,
+            }
+        )  # fmt: skip
+    return table
+
+
+def _reason(work: Build, step: Step) -> str:
+    damage = work.store.damage(step.key)
+    if damage:
+        return f"the stored one is damaged: {damage}"
+    if work.store.last(work.recipe.name, step.name) is None:
+        return "never made"
+    changes = changed(work, step)
+    if not changes:
+        return "no longer in the store"
+    return changes[0] + (f" (and {len(changes) - 1} more)" if len(changes) > 1 else "")
+
+
+def changed(work: Build, step: Step) -> list[str]:
+    """What differs between this step's key and the last one of its name, upstream steps by their names."""
+    last = work.store.last(work.recipe.name, step.name)
+    if last is None or work.store.last_key(work.recipe.name, step.name) == step.key:
+        return []
+    upstream = {work.plan[name].key: name for name in step.inputs.values() if name != "source"}
+    return work.store.explain(last, step.parts, upstream)
+
+
+def explanation(work: Build, name: str) -> dict[str, Any]:
+    """The readable key of one step, whether it is in the store, and what changed since it was last made."""
+    known = [step.name for step in work.plan]
+    if name not in known:
+        raise RecipeError(f"no step is called {name}", "this recipe has: " + ", ".join(known))
+    step = work.plan[name]
+    return {
+        "step": name,
+        "key": step.key,
+        "state": "hit" if work.store.get(step.key) else "make",
+        "made_before": work.store.last(work.recipe.name, name) is not None,
+        "changes": changed(work, step),
+        "parts": dict(step.parts),
+    }
+
+
+def doctor(store: Path) -> dict[str, Any]:
+    """Backends, processor, memory and disk of this machine."""
+    total, available = machine.memory_bytes()
+    return {
+        "cpu": machine.cpu_model(),
+        "threads": machine.threads(),
+        "features": list(machine.cpu_features()),
+        "memory_bytes": total,
+        "memory_available_bytes": available,
+        "store": str(store),
+        "disk_free_bytes": machine.free_disk_bytes(store.absolute()),
+        "backends": [
+            {
+                "name": name, "available": probe.available, "version": probe.version, "devices": list(probe.devices),
+                "precisions": list(backend.realises), "reason": probe.reason, "hint": probe.hint,
+                "notes": list(probe.notes),
+            }
+            for name, backend in BACKENDS.items()
+            for probe in (backend.probe(),)
+        ],
+    }  # fmt: skip

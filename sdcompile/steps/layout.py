@@ -1,0 +1,329 @@
+"""What a model on disk or on the hub is made of: the diffusers layout, read without its weights.
+
+A `Tree` is a place that holds such a layout; `read_tree` chooses the files a build may read,
+hashes them and parses the configs into a `Source`. It refuses whatever would fail later: missing
+folders, unreadable JSON, pickles, truncated safetensors. It knows no network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sdcompile import checkpoint
+from sdcompile.errors import HostError, RecipeError, SdcompileError, StageError
+from sdcompile.spec import Say
+
+CHECKPOINT = "checkpoint.safetensors"
+"""What a single-file source is called among a Source's files, whatever the user calls it."""
+
+ASSETS = ("tokenizer", "scheduler")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+VARIANTS = ("fp16", "bf16")
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+
+_LICENCE = re.compile(r"^(license(?:_name)?):[ \t]*(?:\n-[ \t]*)?(.+?)[ \t]*$", re.MULTILINE)
+
+Origin = Literal["builtin", "folder", "hub", "file"]
+HashFile = Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """sha256 and size of one file of a source."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A place that holds a diffusers layout.
+
+    name      how messages call it: what the recipe says
+    sizes     relative path -> bytes, of all there is (top level and the folders asked for)
+    get       relative path -> the file on this disk (downloads it where it is not)
+    hashes    relative path -> sha256, where known without reading the file
+    partial   for a cache, which may hold only some files: what to do about one that is missing
+    id, kind, revision, notes: see Source
+    """
+
+    name: str
+    id: str
+    kind: Origin
+    sizes: Mapping[str, int]
+    get: Callable[[str], Path]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    partial: str = ""
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to build from, described without reading its weights.
+
+    id         "builtin:tiny", "folder:<name>", "hf://org/name@<commit>" or "file:<name>": never a
+               path of this machine, since it enters keys and manifests
+    revision   the hub commit
+    licence    as the model card (`license:`) or the LICENSE file's first line states it
+    files      relative path -> SourceFile, of the only files a build may read
+    configs    model_index, scheduler, tokenizer and one per folder, parsed
+    notes      warnings for the plan
+    shares     for a single-file source: folder -> bytes of the checkpoint that are this folder's
+    parameters folder -> how many weights it has, where the files are on this disk already
+    place      (files, say) -> a folder that holds them
+    """
+
+    id: str
+    kind: Origin
+    revision: str | None
+    licence: str | None
+    files: Mapping[str, SourceFile]
+    configs: Mapping[str, dict[str, Any]]
+    notes: tuple[str, ...] = ()
+    shares: Mapping[str, int] = field(default_factory=dict, repr=False)
+    parameters: Mapping[str, int] = field(default_factory=dict, repr=False)
+    place: Callable[[tuple[str, ...], Say], Path] | None = field(default=None, repr=False, compare=False)
+
+    def folder_files(self, folder: str) -> Mapping[str, SourceFile]:
+        """The files that make up `folder`; a single-file checkpoint counts with its share alone."""
+        own = {path: f for path, f in self.files.items() if path.startswith(f"{folder}/")}
+        if folder in self.shares:
+            own[CHECKPOINT] = SourceFile(self.files[CHECKPOINT].sha256, self.shares[folder])
+        return own
+
+    def fp32_bytes(self, folder: str) -> int:
+        """What the weights of `folder` take in fp32, in which every module is loaded.
+
+        Of weights still to be downloaded, their size as stored tells (twice that of a half-precision variant).
+        """
+        if folder in self.parameters:
+            return 4 * self.parameters[folder]
+        half = re.compile(rf"\.({'|'.join(VARIANTS)})[.-]")
+        return sum(
+            f.bytes * (2 if half.search(path) else 1)
+            for path, f in self.folder_files(folder).items()
+            if path.endswith(".safetensors")
+        )
+
+    def locate(self, folders: tuple[str, ...], say: Say) -> Path:
+        """A folder on this disk that holds `folders`; downloads what is missing.
+
+        Raises HostError when the hub cannot give it.
+        """
+        assert self.place is not None, "this source was made without a place"
+        wanted = dict.fromkeys(path for folder in folders for path in self.folder_files(folder))
+        return self.place(tuple(wanted), say)
+
+
+def local_tree(root: Path, name: str, identity: str, kind: Origin, folders: tuple[str, ...]) -> Tree:
+    """The tree of a folder on this disk; looks at its top level, `folders`, tokenizer and scheduler."""
+    places = [root, *(root / folder for folder in (*folders, *ASSETS) if (root / folder).is_dir())]
+    found = (path for place in places for path in sorted(place.iterdir()) if path.is_file())
+    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in found}
+    return Tree(name, identity, kind, sizes, lambda relative: root / relative)
+
+
+def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weights: bool = True) -> Source:
+    """Read the configs of `tree` and choose the files a build may read (`weights=False`: but no weights).
+
+    Raises RecipeError with every fault at once; HostError where the fault is that a cache lacks files.
+    """
+    notes = tree.notes
+    faults: list[SdcompileError] = []
+    configs: dict[str, dict[str, Any]] = {}
+    chosen: list[str] = []
+    parameters: dict[str, int] = {}
+    if "model_index.json" not in tree.sizes:
+        raise RecipeError(
+            f"source {tree.name} has no model_index.json, so it is not a diffusers folder",
+            "expected what DiffusionPipeline.save_pretrained(FOLDER) writes",
+        )
+    wanted = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+    wanted |= {folder: f"{folder}/config.json" for folder in folders}
+    for name, path in wanted.items():
+        try:
+            configs[name] = _config(tree, path)
+            chosen.append(path)
+            if name in folders and weights:
+                files, remarks = _weights(tree, name, configs[name])
+                chosen += files
+                notes += remarks
+                if counted := _parameters(tree, files):
+                    parameters[name] = counted
+        except SdcompileError as fault:
+            faults.append(fault)
+    try:
+        chosen += (assets := _tokenizer(tree))
+        tokenizer_config = "tokenizer/tokenizer_config.json"
+        configs["tokenizer"] = _config(tree, tokenizer_config) if tokenizer_config in assets else {}
+    except SdcompileError as fault:
+        faults.append(fault)
+    if faults and tree.partial:
+        lacking = "\n".join(fault.message for fault in faults)
+        raise HostError(f"{lacking}\nin the hub cache of this machine, and this build is offline", tree.partial)
+    if faults:
+        hints = dict.fromkeys(fault.hint for fault in faults if fault.hint)
+        raise RecipeError("\n".join(fault.message for fault in faults), "\n".join(hints))
+
+    entries = {
+        path: SourceFile(tree.hashes.get(path) or hash_file(tree.get(path)), tree.sizes[path]) for path in chosen
+    }
+
+    def place(paths: tuple[str, ...], say: Say) -> Path:
+        done, total = 0, sum(tree.sizes[path] for path in paths) or 1
+        for path in paths:
+            if tree.kind == "hub":
+                say(f"fetching {path} ({tree.sizes[path] / 1e6:.0f} MB)", done / total)
+            tree.get(path)
+            done += tree.sizes[path]
+        return tree.get("model_index.json").parent
+
+    return Source(
+        tree.id, tree.kind, tree.revision, _licence(tree), entries, configs, notes, parameters=parameters, place=place
+    )
+
+
+def _config(tree: Tree, path: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises RecipeError that names the file."""
+    if path not in tree.sizes:
+        folder = path.rpartition("/")[0]
+        there = any(name.startswith(f"{folder}/") for name in tree.sizes)
+        missing = path if there or not folder else f"folder {folder}/ (with {path.rpartition('/')[2]})"
+        raise RecipeError(
+            f"source {tree.name} has no {missing}",
+            "a source is a whole diffusers folder, as DiffusionPipeline.save_pretrained(FOLDER) writes it",
+        )
+    try:
+        config = json.loads(tree.get(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"source {tree.name}: {path} is not JSON: {error}", "write the file again") from error
+    except OSError as error:
+        raise RecipeError(f"source {tree.name}: {path} cannot be read: {error.strerror}") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"source {tree.name}: {path} holds a JSON {type(config).__name__}, not an object")
+    return config
+
+
+def _weights(tree: Tree, folder: str, config: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+    """(weight files of `folder`, notes): plain weights, else a half-precision variant that stands alone."""
+    names = [path.removeprefix(f"{folder}/") for path in tree.sizes if path.startswith(f"{folder}/")]
+    # transformers writes `architectures`, diffusers `_class_name`; each has its own file name.
+    stem = "model" if "architectures" in config and "_class_name" not in config else "diffusion_pytorch_model"
+    for variant in (None, *VARIANTS):
+        tag = f".{variant}" if variant else ""
+        whole, index = f"{stem}{tag}.safetensors", f"{stem}.safetensors.index{tag}.json"
+        if whole in names:
+            files = [f"{folder}/{whole}"]
+        elif index in names:
+            files = [f"{folder}/{index}", *_shards(tree, folder, index)]
+        else:
+            continue
+        return files, (f"{folder}: the source has {variant} weights only; fp32 is made from them",) if variant else ()
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        raise RecipeError(
+            f"source {tree.name}: {folder}/ has {pickles[0]} but no {stem}.safetensors; "
+            "a pickle can run code when it is read",
+            f"convert it: {convert_command(tree.name, 'from_pretrained')}  and name NEW_FOLDER as the source",
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    raise RecipeError(
+        f"source {tree.name}: {folder}/ has no {stem}.safetensors" + (f" (but {', '.join(others)})" if others else ""),
+        f"expected {stem}.safetensors (or its {' or '.join(VARIANTS)} variant), or shards and "
+        f"{stem}.safetensors.index.json",
+    )
+
+
+def _shards(tree: Tree, folder: str, index: str) -> list[str]:
+    """The files a sharded checkpoint's index names. Raises RecipeError for one that is missing or elsewhere."""
+    weight_map = _config(tree, f"{folder}/{index}").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise RecipeError(f"source {tree.name}: {folder}/{index} has no weight_map of tensors to files")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if f"{folder}/{shard}" not in tree.sizes or not shard.endswith(".safetensors"):
+            raise RecipeError(
+                f"source {tree.name}: {folder}/{index} names {shard}, which is not in {folder}/", "copy the model again"
+            )
+    return [f"{folder}/{shard}" for shard in shards]
+
+
+def _parameters(tree: Tree, files: Iterable[str]) -> int:
+    """How many weights `files` hold, 0 where they are not on this disk yet (their sha256 is told instead).
+
+    Raises RecipeError for one that is cut short or is no safetensors file.
+    """
+    return sum(
+        count_parameters(check_safetensors(tree.get(path), f"source {tree.name}: {path}"))
+        for path in files
+        if path.endswith(".safetensors") and path not in tree.hashes
+    )
+
+
+def count_parameters(header: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(math.prod(entry["shape"]) for entry in header.values())
+
+
+def check_safetensors(file: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The header of a whole safetensors file. Raises RecipeError that calls it `name`."""
+    try:
+        with file.open("rb") as opened:
+            if opened.read(22) == b"version https://git-lf":
+                raise RecipeError(f"{name} is a Git LFS pointer, not the weights", "run `git lfs pull` in the source")
+        return checkpoint.safetensors_header(file)
+    except StageError as error:
+        reason = error.message.removeprefix(f"{file.name} ")
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = f"is not a safetensors file: its header lacks {error}"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    raise RecipeError(f"{name} {reason}", "download or copy the file again")
+
+
+def _tokenizer(tree: Tree) -> list[str]:
+    found = [path for name in _TOKENIZER_FILES if (path := f"tokenizer/{name}") in tree.sizes]
+    if "tokenizer/tokenizer.json" not in found and not {"tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(found):
+        raise RecipeError(
+            f"source {tree.name} has no tokenizer/tokenizer.json, nor tokenizer/vocab.json with tokenizer/merges.txt",
+            "a source is a whole diffusers folder, as DiffusionPipeline.save_pretrained(FOLDER) writes it",
+        )
+    return found
+
+
+def _licence(tree: Tree) -> str | None:
+    """`license:` of the model card's front matter, or the first line of a LICENSE file."""
+    stated: str
+    if "README.md" in tree.sizes:
+        text = tree.get("README.md").read_text(encoding="utf-8", errors="replace")
+        front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+        fields = dict(_LICENCE.findall(front[1])) if front else {}
+        # `license: other` is told apart by its name.
+        stated = fields.get("license_name") or fields.get("license") or ""
+        if stated:
+            return stated.strip("'\"")
+    for name in sorted(tree.sizes):
+        if "/" not in name and name.lower().startswith("licen"):
+            lines = tree.get(name).read_text(encoding="utf-8", errors="replace").splitlines()
+            stated = next((line.strip() for line in lines if line.strip()), "")
+            if stated:
+                return stated
+    return None
+
+
+def convert_command(source: str, how: str) -> str:
+    source = source.removeprefix("hf://").partition("@")[0] if source.startswith("hf://") else source
+    return (
+        f'python -c "from diffusers import StableDiffusionPipeline as P; '
+        f"P.{how}({source!r}).save_pretrained('NEW_FOLDER', safe_serialization=True)\""
+    )

@@ -1,0 +1,157 @@
+"""Verification reports: put together for a bundle, and told to a person when one failed.
+
+Standard library only; it knows the fields of a report.json and no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdcompile.errors import VerifyError
+from sdcompile.spec import PIPELINE
+
+Report = Mapping[str, Any]
+
+
+def reports(found: Mapping[str, Report]) -> tuple[dict[str, Any], str]:
+    """Component -> report.json (and "pipeline" for whole images) -> (verify.json, JUnit XML).
+
+    The XML has one test case per component and shape, and one per whole image.
+    """
+    passed = all(report["passed"] for report in found.values())
+    return {"passed": passed, "reports": {name: dict(report) for name, report in found.items()}}, _junit(found)
+
+
+def write(folder: Path, report: Report) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+
+
+def fault(report: Report, folder: Path | None = None) -> VerifyError:
+    """The error that a report with `passed: false` is worth: what missed, by how much, where, and what to type.
+
+    `folder` is where the report lies, so that the kept files can be named.
+    """
+    return _image_fault(report, folder) if report["component"] == PIPELINE else _engine_fault(report, folder)
+
+
+def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
+    worst, name = report["worst"], report["component"]
+    engine = f"{name} ({report['backend']}, {report['precision']})"
+    lines = [
+        f"{engine} does not agree with its fp32 reference: {_shortfall(report)}",
+        f"worst input: {_described(worst)}",
+    ]
+    if report.get("kept"):
+        lines.append(f"kept: {_at(folder, report['kept'])} (feeds, reference and engine outputs)")
+    if found := report.get("divergence"):
+        lines.append(_where(found))
+    return VerifyError("\n".join(lines), _hint(report))
+
+
+def _image_fault(report: Report, folder: Path | None) -> VerifyError:
+    worst = report["worst"]
+    lines = [
+        f"whole images do not agree with the fp32 reference: {_shortfall(report)}",
+        f"worst image: {_described(worst)}",
+    ]
+    if kept := report.get("kept"):
+        lines.append("kept: " + ", ".join(_at(folder, name) for name in kept))
+    hint = (
+        "look at the two pictures; if the difference is one you accept, lower `verify: {min_image_psnr_db: ...}`, "
+        "else widen the precision (`components: {unet: {precision: fp32}}`) or let the build do it "
+        "(`verify: {on_fail: fallback}`)"
+    )
+    return VerifyError("\n".join(lines), hint)
+
+
+def _hint(report: Report) -> str:
+    name, wider = report["component"], {"int8": "bf16 or fp16", "bf16": "fp16 or fp32", "fp16": "bf16 or fp32"}
+    if report["precision"] == "fp32":
+        return (
+            "fp32 should agree: this is most likely a fault of the exported graph or of the backend; try another "
+            f"`components: {{{name}: {{backend: ...}}}}`"
+        )
+    return (
+        f"`verify: {{on_fail: fallback}}` builds {name} in fp32 instead; `components: {{{name}: {{precision: ...}}}}` "
+        f"takes {wider[report['precision']]}; `verify: {{{name}: {{min_snr_db: ...}}}}` lowers the floor if you accept "
+        "the difference"
+    )
+
+
+def _shortfall(figures: Report) -> str:
+    """What missed which floor, in words: of a report, or of one row of it."""
+    worst, floor = figures["worst"], figures["floor"]
+    if worst.get("error"):
+        return f"the engine failed: {worst['error']}"
+    if not worst["finite"]:
+        return "its output holds NaN or infinite values"
+    if "psnr_db" in worst:
+        return f"PSNR {worst['psnr_db']:.1f} dB, floor {floor['min_psnr_db']:g} dB"
+    return (
+        f"SNR {worst['snr_db']:.1f} dB (floor {floor['min_snr_db']:g}), "
+        f"cosine {worst['cosine']:.6f} (floor {floor['min_cosine']:g})"
+    )
+
+
+def _described(worst: Report) -> str:
+    parts = [f"sample {worst['id']}", f"prompt {worst['prompt']!r}"]
+    if worst.get("step") is not None:
+        parts.append(f"step {worst['step']} (timestep {worst['timestep']:g}, {worst['region']})")
+    parts.append(f"{worst['shape']} shape")
+    return ", ".join(parts)
+
+
+def _where(found: Report) -> str:
+    if found.get("module") is None:
+        return f"no single layer to blame: {found['reason']}"
+    level = f"{found['snr_db']:.1f} dB" if found["finite"] else "NaN or infinite values"
+    text = f"first layer that diverges: {found['module']} (ONNX node {found['node']}): {level}"
+    if previous := found.get("previous"):
+        text += f", after {previous['module']} with {previous['snr_db']:.1f} dB"
+    return text
+
+
+def _at(folder: Path | None, name: str) -> str:
+    return str(folder / name) if folder else name
+
+
+def _junit(found: Mapping[str, Report]) -> str:
+    suites = ET.Element("testsuites", name="sdcompile verify")
+    for name, report in found.items():
+        cases = list(_cases(name, report))
+        failed = sum(message is not None for _, message in cases)
+        suite = ET.SubElement(suites, "testsuite", name=name, tests=str(len(cases)), failures=str(failed), errors="0")
+        for title, message in cases:
+            case = ET.SubElement(suite, "testcase", classname=name, name=title)
+            if message is not None:
+                ET.SubElement(case, "failure", message=message.splitlines()[0]).text = message
+    ET.indent(suites)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(suites, encoding="unicode") + "\n"
+
+
+def _cases(name: str, report: Report) -> Iterator[tuple[str, str | None]]:
+    """(title, failure text or None) of each test case of one report."""
+    if name == PIPELINE:
+        for row in report["samples"]:
+            yield f"image {row['id']} ({row['shape']})", None if row["passed"] else _row_failure(row, report)
+        return
+    for shape, row in report["by_shape"].items():
+        worst = min((s for s in report["samples"] if s["shape"] == shape), key=lambda s: (s["passed"], s["snr_db"]))
+        yield f"{shape} shape, {row['samples']} samples", None if row["passed"] else _row_failure(worst, report)
+
+
+def _row_failure(worst: Report, report: Report) -> str:
+    text = f"{_shortfall({'worst': worst, 'floor': report['floor']})}\n{_described(worst)}"
+    found = report.get("divergence")
+    return _xml_safe(f"{text}\n{_where(found)}" if found else text)
+
+
+def _xml_safe(text: str) -> str:
+    """XML 1.0 has no way to write most control characters, and prompts and library errors may hold them."""
+    return re.sub("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)

@@ -1,0 +1,144 @@
+"""Compare whole images: the built engines against the reference, same noise, same sampler, by PSNR.
+
+What single calls cannot show, errors that build up from step to step, shows here. It knows no
+library an engine runs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdcompile import metrics
+from sdcompile.backends import BACKENDS, Engine, Host
+from sdcompile.backends.base import read_card
+from sdcompile.runtime import load
+from sdcompile.runtime.images import pil_from_pixels
+from sdcompile.runtime.pipeline import Pipeline
+from sdcompile.spec import PIPELINE, Job, Precision, Say, say_nothing
+from sdcompile.steps import samples
+from sdcompile.steps.record import Trajectory, model_of
+from sdcompile.steps.report import write
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from sdcompile.bundle import Manifest
+
+    Floats = NDArray[np.float32]
+
+
+def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
+    """Make every recorded image with the engines in `inputs` and write report.json.
+
+    inputs: one engine folder per component, samples, tokenizer, tables. job.params: those of
+    `record`, backends {component: name}, min_psnr_db. When the floor is missed, the worst pair is
+    kept as worst-reference.png and worst-engine.png.
+    """
+    backends: Mapping[str, str] = job.params["backends"]
+
+    def open_engine(component: str) -> Engine:
+        return BACKENDS[backends[component]].open(inputs[component], Host())
+
+    cards = {name: read_card(inputs[name], backend) for name, backend in backends.items()}
+    with Pipeline(model_of(job.params, inputs, job), open_engine, low_memory=True) as pipeline:
+        report = judge(
+            pipeline, inputs["samples"], job.params["min_psnr_db"], backends,
+            [card.precision for card in cards.values()], keep=out, say=job.say,
+        )  # fmt: skip
+    write(out, report)
+
+
+def recheck(bundle: Path, manifest: Manifest, recorded: Path) -> dict[str, Any]:
+    """The report of a finished bundle's images, made on this machine."""
+    precisions = [entry.precision for entry in manifest.components.values()]
+    floor = manifest.verification.get("images", {}).get("floor", {}).get("min_psnr_db")
+    backends = {name: entry.backend for name, entry in manifest.components.items()}
+    with load(bundle, memory="low", verify_files=False) as pipeline:
+        return judge(pipeline, recorded, floor_db(precisions) if floor is None else floor, backends, precisions)
+
+
+def floor_db(precisions: list[Precision]) -> float:
+    """The default PSNR floor of images made by engines of these precisions: that of the lowest."""
+    return min(metrics.IMAGE_FLOORS_DB[p] for p in precisions)
+
+
+def judge(
+    pipeline: Pipeline, recorded: Path, min_psnr_db: float, backends: Mapping[str, str], precisions: list[Precision],
+    keep: Path | None = None, say: Say = say_nothing,
+) -> dict[str, Any]:  # fmt: skip
+    """The report: PSNR of every recorded image (of a batch, its worst), the worst, and the least by shape."""
+    planned = [Trajectory.from_json(row) for row in samples.trajectories(recorded)]
+    rows = []
+    worst: tuple[float, Floats, Floats] | None = None
+    for number, trajectory in enumerate(planned):
+        say(f"image {number + 1} of {len(planned)}", number / len(planned))
+        reference = samples.image_arrays(recorded, trajectory.id)
+        row, images = _row(pipeline, trajectory, reference, min_psnr_db)
+        rows.append(row)
+        if images is not None and (worst is None or row["psnr_db"] < worst[0]):
+            index = row["image"]
+            worst = (row["psnr_db"], reference["images"][index], images[index])
+    passed = all(row["passed"] for row in rows)
+    return {
+        "component": PIPELINE,
+        "backend": ", ".join(dict.fromkeys(backends.values())),
+        "precision": min(precisions, key=lambda p: metrics.FLOORS[p].min_snr_db),
+        "passed": passed,
+        "floor": {"min_psnr_db": min_psnr_db},
+        "facts": {},
+        "worst": min(rows, key=lambda row: (row["passed"], row["error"] is None, row["psnr_db"])),
+        "by_shape": {
+            shape: {
+                "samples": sum(row["shape"] == shape for row in rows),
+                "passed": all(row["passed"] for row in rows if row["shape"] == shape),
+                "min_psnr_db": min(row["psnr_db"] for row in rows if row["shape"] == shape),
+            }
+            for shape in dict.fromkeys(row["shape"] for row in rows)
+        },
+        "samples": rows,
+        "kept": _keep(keep, worst) if keep is not None and worst is not None and not passed else [],
+        "divergence": None,
+    }
+
+
+def _row(
+    pipeline: Pipeline, trajectory: Trajectory, reference: Mapping[str, Floats], min_psnr_db: float
+) -> tuple[dict[str, Any], Floats | None]:
+    final: list[Floats] = []
+
+    def on_step(_pipeline: Pipeline, _step: int, _timestep: float, state: dict[str, Any]) -> None:
+        final[:] = [state["latents"]]
+
+    row: dict[str, Any] = {
+        "id": trajectory.id, "prompt": " | ".join(dict.fromkeys(trajectory.prompts)), "seed": trajectory.seed,
+        "sampler": trajectory.sampler, "num_inference_steps": trajectory.num_inference_steps,
+        "guidance_scale": trajectory.guidance_scale, "height": trajectory.height, "width": trajectory.width,
+        "shape": trajectory.shape, "error": None,
+    }  # fmt: skip
+    try:
+        images = np.asarray(pipeline(**trajectory.call(), output_type="np", callback_on_step_end=on_step).images)
+    # As in `verify`: foreign libraries raise what they like, and a pipeline that fails is a finding.
+    except Exception as error:
+        failed = {"psnr_db": metrics.WORST_DB, "latents_snr_db": None, "image": 0, "finite": False, "passed": False}
+        return {**row, **failed, "error": f"{type(error).__name__}: {str(error).strip()[:2000]}"}, None
+    figures = [metrics.psnr_db(r, v) for r, v in zip(reference["images"], images, strict=True)]
+    index = min(range(len(figures)), key=figures.__getitem__)
+    found = {
+        "psnr_db": round(figures[index], 3),
+        "latents_snr_db": round(metrics.snr_db(reference["final"], final[0]), 3),
+        "image": index,
+        "finite": metrics.is_finite(images),
+    }
+    return {**row, **found, "passed": found["finite"] and figures[index] >= min_psnr_db}, images
+
+
+def _keep(folder: Path, worst: tuple[float, Floats, Floats]) -> list[str]:
+    names = ["worst-reference.png", "worst-engine.png"]
+    for name, pixels in zip(names, worst[1:], strict=True):
+        (image,) = pil_from_pixels(pixels[None])
+        image.save(folder / name)
+    return names

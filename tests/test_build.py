@@ -1,0 +1,416 @@
+"""The whole road, as a person at a terminal walks it: build, build again, change, break, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.tiny
+
+# Plumbing needs no engine that computes: the stub's road is the same, and short.
+STUB = """
+version: 1
+name: plumbing
+family: sd
+source: builtin:tiny
+backend: stub
+precision: fp32
+samplers: [ddim, euler]
+sampler_steps: [1, 3]
+defaults: {num_inference_steps: 2}
+"""
+
+REAL = """
+version: 1
+name: real
+family: sd
+source: builtin:tiny
+backend: openvino
+precision: fp32
+shapes: {batch: [1, 1, 2], height: [64, 64, 80], width: 64}
+samplers: [ddim, euler_ancestral]
+sampler_steps: [1, 4]
+defaults: {num_inference_steps: 4, guidance_scale: 3.0}
+verify: {num_inference_steps: 3}
+"""
+
+
+class Place:
+    """A folder with a recipe, a store and the command line."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.folder = folder
+        self.recipe = folder / "recipe.yaml"
+        self.recipe.write_text(text)
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        return [sys.executable, "-m", "sdcompile", *map(str, arguments)]
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
+            "SDCOMPILE_STORE": str(self.folder / "store"),
+            "NO_COLOR": "1",
+            "COLUMNS": "160",
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def run(self, *arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        made = subprocess.run(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert made.returncode == expect, f"exit {made.returncode}\n{made.stdout}\n{made.stderr}"
+        return made
+
+    def events(self, *arguments: str | Path, expect: int = 0) -> list[dict]:
+        return [json.loads(line) for line in self.run(*arguments, "--json", expect=expect).stdout.splitlines()]
+
+    def build(self, *sets: str, expect: int = 0) -> list[dict]:
+        options = [option for change in sets for option in ("--set", change)]
+        return self.events("build", self.recipe, "--output", self.folder / "out", *options, expect=expect)
+
+    def bundle(self) -> Path:
+        return next((self.folder / "out").glob("*.sdc"))
+
+
+def made(events: list[dict]) -> set[str]:
+    return {event["step"] for event in events if event["event"] == "step_done"}
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory) -> Place:
+    place = Place(tmp_path_factory.mktemp("stub"), STUB)
+    place.build()
+    return place
+
+
+@pytest.fixture
+def own(stub, tmp_path) -> Place:
+    """A copy of the built place, to break."""
+    shutil.copytree(stub.folder, tmp_path / "own", copy_function=shutil.copy2)
+    return Place(tmp_path / "own", STUB)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Place:
+    pytest.importorskip("openvino")
+    place = Place(tmp_path_factory.mktemp("real"), REAL)
+    place.build()
+    return place
+
+
+# Incremental --------------------------------------------------------------------------------
+
+
+def test_a_second_build_makes_nothing_and_keeps_the_bundle(stub):
+    before = (stub.bundle() / "manifest.json").read_bytes()
+    events = stub.build()
+    assert made(events) == set()
+    assert (stub.bundle() / "manifest.json").read_bytes() == before
+
+
+def test_a_changed_field_makes_again_only_what_depends_on_it(own):
+    assert made(own.build("components.unet.precision=fp16")) == {"unet.compile.stub", "pipeline.package.bundle"}
+
+
+def test_plan_and_explain_say_what_changed(own):
+    rows = own.events("plan", own.recipe, "--set", "components.unet.precision=fp16")[0]["steps"]
+    states = {row["step"]: row["state"] for row in rows}
+    assert states["unet.compile.stub"] == "make"
+    assert states["vae_decoder.compile.stub"] == "hit"
+    reason = next(row["reason"] for row in rows if row["step"] == "unet.compile.stub")
+    assert reason == "precision: fp32 -> fp16"
+    told = own.events("explain", own.recipe, "unet.compile.stub", "--set", "components.unet.precision=fp16")[0]
+    assert told["changes"] == ["precision: fp32 -> fp16"]
+
+
+def test_a_build_that_was_killed_leaves_no_half_artifact_and_goes_on(tmp_path):
+    place = Place(tmp_path, STUB)
+    with subprocess.Popen(
+        place.command("build", place.recipe, "--output", "out", "--json"), cwd=tmp_path, env=place.environment(),
+        stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            if json.loads(line)["event"] == "step_start" and json.loads(line)["step"] == "pipeline.compile.samplers":
+                break
+        process.send_signal(signal.SIGKILL)
+    finished = {path.parent.name for path in (tmp_path / "store" / "objects").glob("*/artifact.json")}
+    assert finished
+    assert finished == {path.name for path in (tmp_path / "store" / "objects").iterdir()}
+    events = place.build()
+    assert "unet.fetch.checkpoint" not in made(events)
+    assert "pipeline.compile.samplers" in made(events)
+    place.run("inspect", place.bundle())
+
+
+def test_ctrl_c_stops_cleanly_with_its_own_exit_code(tmp_path):
+    place = Place(tmp_path, STUB)
+    with subprocess.Popen(
+        place.command("build", place.recipe, "--output", "out", "--json"), cwd=tmp_path, env=place.environment(),
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            if json.loads(line)["event"] == "step_progress" and "Scheduler" in json.loads(line)["text"]:
+                break
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130
+    assert "finished steps are kept" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "store" / "making").iterdir())
+
+
+def test_two_builds_at_once_make_every_step_once(tmp_path):
+    place = Place(tmp_path, STUB)
+    both = [
+        subprocess.Popen(
+            place.command("build", place.recipe, "--output", f"out{number}", "--json"), cwd=tmp_path,
+            env=place.environment(), stdout=subprocess.PIPE, text=True,
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    artifacts = [json.loads(p.read_text()) for p in (tmp_path / "store" / "objects").glob("*/artifact.json")]
+    steps = [artifact["step"] for artifact in artifacts]
+    assert len(steps) == len(set(steps))
+    assert all(any(json.loads(line)["event"] == "result" for line in text.splitlines()) for text in outputs)
+
+
+def test_a_damaged_artifact_is_never_built_upon(own):
+    engine = next(p for p in (own.folder / "store" / "objects").glob("*/engine.json") if "unet" in p.read_text())
+    damaged = next(path for path in engine.parent.rglob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 0xFF
+    damaged.unlink()
+    damaged.write_bytes(content)
+    events = own.build("name=other", expect=4)
+    error = next(event for event in events if event["event"] == "error")
+    assert "does not match the sha256" in error["message"]
+    assert "unet.compile.stub" in made(own.build("name=other")), "it was taken out, so the next build makes it anew"
+
+
+def test_a_truncated_artifact_is_made_again(own):
+    tables = next((own.folder / "store" / "objects").glob("*/euler.npz"))
+    tables.write_bytes(tables.read_bytes()[:100])
+    assert "pipeline.compile.samplers" in made(own.build("name=other"))
+
+
+def test_gc_frees_what_no_recipe_used_last(own):
+    own.build("components.unet.precision=fp16")
+    told = own.events("gc", "--dry-run")[0]
+    assert told["artifacts"] >= 1
+    assert own.events("gc")[0]["bytes"] == told["bytes"]
+    assert made(own.build("components.unet.precision=fp16")) == set()
+
+
+# Refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sets", "code", "words"),
+    [
+        (["backend=openvinno"], 2, "did you mean 'openvino'"),
+        (["precision=int4"], 2, "int4"),
+        (["backend=openvino", "precision=int8"], 2, "openvino cannot make int8 of"),
+        (["shapes.height=100"], 2, "shapes.height: 100 is not a multiple of"),
+        (["source=nowhere"], 2, "nowhere"),
+        (["defaults.num_inference_steps=0"], 2, "num_inference_steps"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_with_its_place(own, sets, code, words):
+    events = own.build(*sets, expect=code)
+    error = next(event for event in events if event["event"] == "error")
+    assert words in error["message"]
+    assert "--set" in error["message"]
+
+
+def test_a_source_on_the_command_line_starts_at_the_current_folder(own):
+    (own.folder / "elsewhere").mkdir()
+    nested = own.folder / "elsewhere" / "recipe.yaml"
+    nested.write_text(STUB)
+    shutil.copytree(ROOT / "sdcompile" / "models" / "tiny", own.folder / "mine")
+    rows = own.events("plan", nested, "--set", "source=mine")[0]["steps"]
+    assert rows
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(own):
+    (own.folder / "file").write_text("")
+    made_ = own.run("build", own.recipe, "--output", own.folder / "file" / "below", expect=3)
+    assert "cannot write the bundle" in made_.stderr
+    assert "Traceback" not in made_.stderr
+
+
+def test_a_build_that_does_not_fit_is_refused_before_it_starts(own, monkeypatch):
+    from sdcompile import machine, run
+    from sdcompile.errors import HostError
+    from sdcompile.store import Store
+
+    work = run.prepare(own.recipe, ("backend=openvino",), Store(own.folder / "store"), offline=True)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: (1 << 30, 1 << 20))
+    with pytest.raises(HostError, match=r"needs about .* GiB of memory"):
+        run.check_fit(work.plan, work.store)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: (1 << 40, 1 << 40))
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda folder: 1000)
+    with pytest.raises(HostError, match=r"writes about .* GiB"):
+        run.check_fit(work.plan, work.store)
+
+
+def test_the_commands_that_only_look_need_no_build(own):
+    assert "stub" in own.run("doctor").stdout
+    assert json.loads(own.run("schema").stdout)["title"] == "sdcompile recipe"
+    own.run("init", "fresh.yaml", "--backend", "stub", "--precision", "fp32")
+    assert own.run("plan", "fresh.yaml").stdout
+    own.run("init", "fresh.yaml", expect=2)
+
+
+# Real engines -------------------------------------------------------------------------------
+
+
+def test_every_engine_was_verified_and_the_manifest_says_how(real):
+    manifest = json.loads((real.bundle() / "manifest.json").read_text())
+    for name in ("text_encoder", "unet", "vae_decoder"):
+        entry = manifest["components"][name]
+        assert entry["verification"]["passed"] is True
+        assert entry["verification"]["worst"]["snr_db"] > 60
+        assert entry["facts"]["device"]
+    assert manifest["verification"]["images"]["worst"]["psnr_db"] > 45
+    assert (real.bundle() / "reports" / "verify.xml").read_text().startswith("<?xml")
+    told = real.run("inspect", real.bundle()).stdout
+    assert "openvino" in told
+
+
+def test_images_carry_how_they_were_made_and_come_out_the_same_again(real):
+    prompt = "a small red circle above a large blue square on a yellow background"
+    for folder in ("one", "two"):
+        real.run("generate", real.bundle(), prompt, "--seed", "5", "--steps", "3", "--output", folder)
+    one, two = (next((real.folder / folder).glob("*.png")) for folder in ("one", "two"))
+    assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(two)))
+    assert Image.open(one).text["prompt"] == prompt
+    assert Image.open(one).text["seed"] == "5"
+    assert len(Image.open(one).text["bundle"]) == 64
+    real.run("generate", real.bundle(), prompt, "--seed", "6", "--steps", "3", "--output", "three")
+    other = next((real.folder / "three").glob("*.png"))
+    assert not np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+
+
+def test_the_bundle_gives_the_picture_that_diffusers_gives(real):
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    import sdcompile
+
+    prompt = "a large green star on a white background"
+    reference = StableDiffusionPipeline.from_pretrained(ROOT / "sdcompile" / "models" / "tiny", dtype=torch.float32)
+    reference.scheduler = DDIMScheduler.from_config(reference.scheduler.config)
+    reference.set_progress_bar_config(disable=True)
+    wanted = reference(
+        prompt,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=torch.Generator("cpu").manual_seed(11),
+        output_type="np",
+    ).images
+    with sdcompile.load(real.bundle()) as pipe:
+        got = pipe(prompt, sampler="ddim", num_inference_steps=4, guidance_scale=3.0, seed=11, output_type="np").images
+        other = pipe(
+            prompt, sampler="ddim", num_inference_steps=4, guidance_scale=3.0, seed=12, output_type="np"
+        ).images
+    assert np.abs(got - wanted).max() < 1e-3
+    assert np.abs(other - wanted).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--steps", "0"], 2, "steps"),
+        (["--steps", "-3"], 2, "steps"),
+        (["--steps", "49"], 2, "49"),
+        (["--guidance-scale", "nan"], 2, "guidance"),
+        (["--sampler", "eulre_ancestral"], 2, "euler_ancestral"),
+        (["--size", "72x64"], 7, "72"),
+        (["--size", "640x640"], 7, "640"),
+        (["--size", "banana"], 2, "banana"),
+        (["--seed", "-1"], 2, "seed"),
+        (["--latents", "missing.npy"], 2, "missing.npy"),
+        (["--output", "/proc/nowhere"], 3, "/proc/nowhere"),
+    ],
+)
+def test_a_request_the_bundle_cannot_answer_says_why(real, arguments, code, words):
+    made_ = real.run("generate", real.bundle(), "a prompt", *arguments, expect=code)
+    assert words in made_.stderr
+    assert "Traceback" not in made_.stderr
+
+
+@pytest.mark.parametrize("prompt", ["", "🎨🐱 一只红色的猫", "word " * 1000])
+def test_odd_prompts_give_images(real, prompt):
+    made_ = real.run("generate", real.bundle(), prompt, "--seed", "1", "--steps", "1", "--output", "odd")
+    cut = "warning: the prompt is longer than the 24 tokens this model reads" in made_.stderr
+    assert cut == (len(prompt) > 1000)
+    assert "Warning:" not in made_.stderr, "told as a line, without the source line that raised it"
+
+
+def test_a_damaged_bundle_is_refused(real, tmp_path):
+    copy = tmp_path / "copy.sdc"
+    shutil.copytree(real.bundle(), copy)
+    weights = next((copy / "components" / "unet").rglob("*.bin"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    told = real.run("generate", copy, "a prompt", expect=7)
+    assert "truncated or altered" in told.stderr
+    (copy / "manifest.json").write_text(
+        (real.bundle() / "manifest.json").read_text().replace('"schema_version": 1', '"schema_version": 9')
+    )
+    assert "schema 9" in real.run("inspect", copy, expect=7).stderr
+    assert "is a file" in real.run("inspect", copy / "manifest.json", expect=7).stderr
+
+
+def test_verifying_the_bundle_again_passes_and_a_wrong_engine_does_not(real, tmp_path):
+    assert real.run("verify", real.bundle()).returncode == 0
+    from sdcompile import bundle
+
+    copy = tmp_path / "copy.sdc"
+    shutil.copytree(real.bundle(), copy)
+    weights = next((copy / "components" / "unet").rglob("*.bin"))
+    values = np.fromfile(weights, np.float32)
+    weights.unlink()
+    middle = slice(
+        values.size // 2, values.size // 2 + 5000
+    )  # inside a layer; constants that are no weights lie elsewhere
+    values[middle] *= 3
+    values.tofile(weights)
+    manifest = bundle.read(copy)
+    entry = bundle.FileEntry(bytes=weights.stat().st_size, sha256=bundle.sha256_of(weights))
+    files = {**manifest.files, weights.relative_to(copy).as_posix(): entry}
+    bundle.write(copy, manifest.model_copy(update={"files": files}))
+    assert "unet" in real.run("verify", copy, expect=5).stderr
+
+
+def test_a_missed_floor_fails_the_build_and_fallback_rebuilds_in_fp32(real):
+    refused = real.build("components.unet.precision=bf16", "verify.unet.min_snr_db=190", "name=strict", expect=5)
+    error = next(event for event in refused if event["event"] == "error")
+    assert "unet" in error["message"]
+    assert "190" in error["message"]
+    again = real.build("components.unet.precision=bf16", "verify.unet.min_snr_db=190", "name=strict", expect=5)
+    assert made(again) == set(), "a missed floor is a result and is kept like one"
+    saved = real.build(
+        "components.unet.precision=bf16", "verify.unet.min_snr_db=80", "build.weights=fp16", "name=saved",
+        "verify.on_fail=fallback", "components.unet.build.weights=fp16",
+        expect=5,
+    )  # fmt: skip
+    assert [e for e in saved if e["event"] == "warning" and "fp32" in e["text"]], (
+        "fp16 weights miss 80 dB, also in fp32"
+    )

@@ -1,0 +1,198 @@
+"""The plan: which steps a recipe means, what moves their keys, and which combinations are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdcompile.backends import BACKENDS, Probe
+from sdcompile.errors import RecipeError
+from sdcompile.families import FAMILIES
+from sdcompile.plan import SOURCE, Machine, Plan, resolve
+from sdcompile.recipe import load
+from sdcompile.spec import STAGES
+
+BASE = """
+version: 1
+name: base
+family: sd
+source: ./sd15
+backend: openvino
+precision: bf16
+shapes: {batch: [1, 1, 4], height: [512, 512, 768], width: 512}
+components: {vae_decoder: {precision: fp32}}
+"""
+
+
+def machine(**versions: str | None) -> Machine:
+    """A machine that has everything, but for what `versions` says."""
+    names = ("torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "openvino", "onnxruntime")
+    return Machine(
+        versions={**dict.fromkeys(names, "1.0"), **versions},
+        probes={name: Probe(available=True, version="1.0") for name in BACKENDS},
+        identity={"machine": "x86_64", "cpu": "test", "features": "avx2"},
+    )
+
+
+@pytest.fixture
+def plan(tmp_path, source):
+    """A function: recipe text and --set values -> Plan."""
+
+    def make(*sets: str, text: str = BASE, of=source, on: Machine | None = None) -> Plan:
+        path = Path(tmp_path / "recipe.yaml")
+        path.write_text(text)
+        return resolve(load(path, sets), of, on or machine())
+
+    return make
+
+
+def moved(before: Plan, after: Plan) -> set[str]:
+    """The steps whose keys differ, named without the op."""
+    keys = {step.name: step.key for step in before}
+    return {step.name for step in after if keys.get(step.name) != step.key}
+
+
+def test_the_road_of_a_component_is_fetch_export_compile_verify(plan):
+    assert [s.name for s in plan() if s.component == "unet"] == [
+        "unet.fetch.checkpoint", "unet.export.onnx", "unet.compile.openvino", "unet.verify.engine",
+    ]  # fmt: skip
+
+
+def test_every_input_is_made_before_it_is_used(plan):
+    seen = {SOURCE}
+    for step in plan():
+        assert set(step.inputs.values()) <= seen
+        seen.add(step.name)
+
+
+def test_the_same_recipe_gives_the_same_plan(plan):
+    assert plan().steps == plan().steps
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_precision_is_planned_or_refused(plan, family, backend):
+    for precision in ("fp32", "fp16", "bf16", "int8"):
+        sets = (f"family={family}", f"backend={backend}", f"precision={precision}", "components=")
+        if precision in BACKENDS[backend].realises:
+            assert f"unet.compile.{backend}" in [s.name for s in plan(*sets)]
+        else:
+            with pytest.raises(RecipeError, match=f"{backend} cannot make {precision} of unet: it makes"):
+                plan(*sets)
+
+
+DOWNSTREAM_OF_UNET = {
+    "unet.compile.openvino",
+    "unet.verify.engine",
+    "pipeline.verify.images",
+    "pipeline.package.bundle",
+}
+EVERYTHING_BUILT = {"text_encoder", "unet", "vae_decoder"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("name=other", {"pipeline.package.bundle"}),
+        ("defaults.negative_prompt=ugly", {"pipeline.package.bundle"}),
+        ("components.unet.precision=fp32", DOWNSTREAM_OF_UNET),
+        ("verify.unet.min_snr_db=20", {"unet.verify.engine", "pipeline.package.bundle"}),
+        ("verify.min_image_psnr_db=10", {"pipeline.verify.images", "pipeline.package.bundle"}),
+        ("components.unet.build.shape_mode=static", DOWNSTREAM_OF_UNET),
+    ],
+)
+def test_a_field_moves_exactly_the_keys_downstream_of_it(plan, change, expected):
+    assert moved(plan(), plan(change)) == expected
+
+
+def test_another_opset_moves_every_export_and_what_follows_but_no_recording(plan):
+    changed = moved(plan(), plan("opset=21"))
+    assert {f"{c}.export.onnx" for c in EVERYTHING_BUILT} <= changed
+    assert not {name for name in changed if ".fetch." in name}
+    assert "pipeline.verify.record" not in changed
+
+
+def test_new_weights_move_everything_that_is_made_of_them(plan, source):
+    changed = moved(plan(), plan(of=replace(source, weights="other")))
+    assert "unet.fetch.checkpoint" in changed
+    assert "pipeline.package.bundle" in changed
+
+
+def test_a_tool_version_is_part_of_the_keys_of_what_it_makes(plan):
+    changed = moved(plan(), plan(on=machine(onnxscript="2.0")))
+    assert "unet.export.onnx" in changed
+    assert "pipeline.compile.samplers" not in changed
+    assert "unet.fetch.checkpoint" not in changed
+
+
+def test_another_processor_moves_only_what_depends_on_it(plan):
+    other = replace(machine(), identity={"machine": "x86_64", "cpu": "other", "features": "avx2"})
+    changed = moved(plan(), plan(on=other))
+    assert "unet.verify.engine" in changed
+    assert "unet.export.onnx" not in changed
+
+
+def test_where_the_source_lies_is_in_no_key(plan):
+    assert moved(plan(), plan("source=/elsewhere/sd15")) == set()
+
+
+def test_stages_are_targets(plan):
+    for stage in STAGES:
+        part = plan().until(stage)
+        assert all(STAGES.index(step.stage) <= STAGES.index(stage) for step in part)
+    assert [s.stage for s in plan().until("export", "unet")] == ["fetch", "export"]
+
+
+def test_one_component_alone_brings_what_its_verification_needs(plan):
+    names = {step.name for step in plan().until("package", "unet")}
+    assert "unet.verify.engine" in names
+    assert "text_encoder.fetch.checkpoint" in names, "the recording needs the whole reference"
+    assert "text_encoder.export.onnx" not in names
+    assert "pipeline.package.bundle" not in names
+
+
+def test_the_vae_encoder_is_built_when_listed_and_shares_its_checkpoint(plan):
+    names = [step.name for step in plan("components.vae_encoder={}")]
+    assert "vae_encoder.export.onnx" in names
+    assert names.count("vae.fetch.checkpoint") == 1
+    assert "vae_encoder.export.onnx" not in [step.name for step in plan()]
+
+
+def test_a_missing_library_is_no_crash_but_a_reason(plan):
+    absent = replace(
+        machine(),
+        probes={**machine().probes, "openvino": Probe(False, reason="openvino is not installed", hint="pip install x")},
+    )
+    step = plan(on=absent)["unet.compile.openvino"]
+    assert step.cannot == "openvino is not installed (pip install x)"
+    assert plan(on=machine(torch=None))["unet.export.onnx"].cannot.startswith("torch not installed")
+
+
+def test_faults_of_size_and_precision_come_together(plan):
+    with pytest.raises(RecipeError) as caught:
+        plan("shapes.height=500", "precision=int8")
+    assert "shapes.height: 500 is not a multiple of 64" in caught.value.message
+    assert "openvino cannot make int8 of unet" in caught.value.message
+
+
+def test_a_default_size_outside_the_built_ones_is_refused(plan):
+    with pytest.raises(RecipeError, match=r"defaults\.height: 1024 is outside"):
+        plan("defaults.height=1024")
+
+
+def test_the_floor_is_the_precisions_own_unless_the_recipe_sets_one(plan):
+    from sdcompile.metrics import FLOORS
+
+    assert plan()["unet.verify.engine"].job.params["floor"]["min_snr_db"] == FLOORS["bf16"].min_snr_db
+    assert plan()["vae_decoder.verify.engine"].job.params["floor"]["min_snr_db"] == FLOORS["fp32"].min_snr_db
+    own = plan("verify.unet.min_snr_db=31")["unet.verify.engine"].job.params["floor"]
+    assert own["min_snr_db"] == 31
+    assert own["min_cosine"] == FLOORS["bf16"].min_cosine
+
+
+def test_stub_engines_are_not_verified(plan):
+    stages = {step.stage for step in plan("backend=stub")}
+    assert "verify" not in stages
+    assert "package" in stages
