@@ -360,7 +360,7 @@ def test_a_request_the_bundle_cannot_answer_says_why(real, arguments, code, word
 def test_odd_prompts_give_images(real, prompt):
     made_ = real.run("generate", real.bundle(), prompt, "--seed", "1", "--steps", "1", "--output", "odd")
     cut = "warning: the prompt is longer than the 24 tokens this model reads" in made_.stderr
-    assert cut == (len(prompt) > 1000)
+    assert cut == bool(prompt), "a character outside the tiny vocabulary is several byte tokens"
     assert "Warning:" not in made_.stderr, "told as a line, without the source line that raised it"
 
 
