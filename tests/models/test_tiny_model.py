@@ -20,7 +20,6 @@ def pipe():
     torch = pytest.importorskip("torch")
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    torch.set_num_threads(2)
     pipe = StableDiffusionPipeline.from_pretrained(tiny.path())
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,7 +131,7 @@ def sample_wording(rng: np.random.Generator) -> int:
     return int(rng.choice(3, p=(0.6, 0.2, 0.2)))
 
 
-def _one_of(words) -> str:
+def _one_of(words: Iterable[str]) -> str:
     return "|".join(re.escape(word) for word in words if word)
 
 
@@ -148,10 +149,10 @@ def scene_from_caption(text: str) -> Scene:
     """The scene a caption describes, in any of the three wordings; ValueError if it is none."""
     for frame in _FRAMES:
         framed = frame.fullmatch(text.strip().lower())
-        found = framed and _WHAT.fullmatch(framed["what"])
-        if found:
+        found = _WHAT.fullmatch(framed["what"]) if framed else None
+        if framed and found:
             size, colour, shape, relation, size_2, colour_2, shape_2, place = found.groups()
-            things = (Thing(size or "", colour, shape),)
+            things: tuple[Thing, ...] = (Thing(size or "", colour, shape),)
             if relation:
                 things += (Thing(size_2 or "", colour_2, shape_2),)
             background = framed["background"].removesuffix(" background")
