@@ -17,7 +17,7 @@ GUIDANCE = 2.0
 
 @pytest.fixture(scope="module")
 def pipe():
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(tiny.path())
