@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,15 +249,44 @@ def write_source(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def test_an_outdated_scheduler_config_is_mended_as_the_pipeline_mends_it(tmp_path: Path) -> None:
-    source = write_source(tmp_path, {**SD15, "steps_offset": 0, "clip_sample": True})
-    config = compiler.source_config(source)
-    assert (config["steps_offset"], config["clip_sample"]) == (1, False)
+OPEN = {key: value for key, value in SD15.items() if key not in ("steps_offset", "clip_sample")}
+
+
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("stated", [{}, {"steps_offset": 0, "clip_sample": True}, {"clip_sample": False}])
+def test_an_outdated_scheduler_config_is_mended_as_the_pipeline_mends_it(
+    tmp_path: Path, kind: str, stated: dict[str, Any]
+) -> None:
+    config = {**OPEN, "_class_name": kind, **stated}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = diffusers.StableDiffusionPipeline(
+            vae=None, text_encoder=None, tokenizer=None, unet=None, safety_checker=None, feature_extractor=None,
+            scheduler=getattr(diffusers, kind).from_config(config), requires_safety_checker=False,
+        )  # fmt: skip
+    source = write_source(tmp_path, config)
+    switched = diffusers.DDPMScheduler.from_config(pipe.scheduler.config).config
+    got = diffusers.DDPMScheduler.from_config(compiler.source_config(source, "DDPMScheduler")).config
+    assert (got.steps_offset, got.clip_sample) == (switched.steps_offset, switched.clip_sample)
+    own = getattr(diffusers, kind).from_config(compiler.source_config(source, kind)).config
+    for key in ("steps_offset", "clip_sample"):
+        assert own.get(key) == pipe.scheduler.config.get(key)
+
+
+def test_a_scheduler_whose_own_default_clips_is_refused_where_the_source_leaves_it_open(tmp_path: Path) -> None:
+    config = compiler.source_config(write_source(tmp_path, OPEN))
+    with pytest.raises(RecipeError, match="clipped, thresholded"):
+        compiler.tables_for("DDIMScheduler", config, {}, [5])
+    assert compiler.tables_for("DDIMScheduler", config, {"clip_sample": False}, [5])[0]
 
 
 def test_a_source_without_a_scheduler_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no scheduler config"):
-        compiler.run({"source": tmp_path}, tmp_path, Job("pipeline", {"samplers": [], "num_inference_steps": [1]}))
+        compiler.run(
+            {"source": tmp_path},
+            tmp_path,
+            Job("pipeline", {"samplers": [{"name": "ddim", "scheduler": "DDIMScheduler"}], "num_inference_steps": [1]}),
+        )
 
 
 def test_the_step_writes_the_same_bytes_twice_and_says_what_it_left_out(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ OPS: dict[str, Op] = {
     "assets": Op("sdcompile.steps.fetch", "fetch", "checkpoint", function="run_assets"),
     "onnx": Op("sdcompile.steps.export_onnx", "export", "onnx", packages=(*_TORCH, "onnx", "onnxscript")),
     "tokenizer": Op("sdcompile.steps.tokenizer", "compile", "tokenizer", packages=("transformers", "tokenizers")),
-    "samplers": Op("sdcompile.steps.sampler", "compile", "tables", packages=("diffusers",)),
+    "samplers": Op("sdcompile.steps.sampler", "compile", "tables", revision=2, packages=("diffusers",)),
     "record": Op("sdcompile.steps.record", "verify", "samples", packages=_TORCH),
     "engine": Op("sdcompile.steps.verify", "verify", "report", host=True),
     "images": Op("sdcompile.steps.verify_images", "verify", "report", host=True),

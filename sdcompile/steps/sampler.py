@@ -67,7 +67,6 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     Raises RecipeError for an unknown scheduler or setting, one that is not linear, or one that can
     do none of the step counts.
     """
-    source = source_config(inputs["source"])
     counts = [int(n) for n in job.params["num_inference_steps"]]
     index: dict[str, Any] = {}
     left_out: dict[str, dict[str, str]] = {}
@@ -75,6 +74,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     for position, row in enumerate(rows):
         name, overrides = row["name"], dict(row.get("config") or {})
         job.say(f"{name} ({row['scheduler']})", position / len(rows))
+        source = source_config(inputs["source"], row["scheduler"])
         try:
             tables, reasons = tables_for(row["scheduler"], source, overrides, counts, name=name)
         except RecipeError as error:
@@ -91,12 +91,12 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         (out / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def source_config(source: Path) -> dict[str, Any]:
-    """The scheduler config of the diffusers folder `source`, as StableDiffusionPipeline would mend it.
+def source_config(source: Path, scheduler: str = "") -> dict[str, Any]:
+    """The scheduler config of the diffusers folder `source`, as diffusers hands it to `scheduler`.
 
-    The pipeline sets steps_offset to 1 and clip_sample to False in outdated configs. A config
-    that leaves clip_sample open gets False too: some schedulers' own default would clamp latents
-    as if they were pixels.
+    StableDiffusionPipeline sets steps_offset to 1 and clip_sample to False where its own scheduler
+    has another value. Where such a value is only the class's default, `from_config` forgets it
+    again: a class switched to takes its own default, so the mend holds for the source's own class.
     """
     path = source / "scheduler" / "scheduler_config.json"
     try:
@@ -107,8 +107,13 @@ def source_config(source: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise RecipeError(f"{path} is no JSON: {error}") from error
-    config["clip_sample"] = False
-    if "steps_offset" in config:
+    seen = config
+    if scheduler and scheduler == config.get("_class_name") and hasattr(diffusers, scheduler):
+        parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
+        seen = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | config
+    if seen.get("clip_sample", False) is True:
+        config["clip_sample"] = False
+    if seen.get("steps_offset", 1) != 1:
         config["steps_offset"] = 1
     return config
 
@@ -279,7 +284,8 @@ def _require_linear(name: str, found: torch.Tensor, row: Mapping[int, float], ve
 def _refusal(scheduler: str, reason: str) -> tuple[str, str]:
     return (
         f"{scheduler} with these settings cannot be compiled to a table: {reason}",
-        "switch off clip_sample and thresholding, or choose another scheduler",
+        "switch off clip_sample and thresholding, as in `samplers: [{name: ddim, scheduler: DDIMScheduler, "
+        "clip_sample: false}]`, or choose another scheduler",
     )
 
 
