@@ -1,0 +1,95 @@
+"""Commands that make things: every stage up to the bundle, and verification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdcompile.cli.words import STORE, Force, Json, Offline, Only, Output, RecipePath, Sets, StorePath, app, reported
+from sdcompile.spec import Stage
+
+
+def _stage_command(name: str, stage: Stage, short: str, summary: str) -> None:
+    """Register the command that makes everything up to `stage`."""
+
+    def command(
+        recipe: RecipePath,
+        output: Output = STORE,
+        store: StorePath = STORE,
+        set_: Sets = None,
+        only: Only = None,
+        offline: Offline = False,
+        force: Force = False,
+        json: Json = False,
+    ) -> None:
+        _build(recipe, stage, output, store, tuple(set_ or ()), only, offline, force, json)
+
+    command.__doc__ = f"{summary}\n\nExample: `sdcompile {name} recipes/tiny-openvino-bf16.yaml`"
+    app.command(name, short_help=short, rich_help_panel="Build")(reported(command))
+
+
+_stage_command(
+    "build", "package", "Recipe -> verified bundle.", "Build a recipe into a verified bundle, OUTPUT/NAME.sdc."
+)
+_stage_command("export", "export", "Only up to the ONNX files.", "Make everything up to the ONNX files.")
+_stage_command("compile", "compile", "Only up to the engines.", "Make everything up to the engines.")
+_stage_command("package", "package", "The same as build.", "The same as build: verify is never skipped on the way.")
+
+
+def _build(
+    recipe: Path,
+    stage: Stage,
+    output: Path,
+    store: Path,
+    sets: tuple[str, ...],
+    only: str | None,
+    offline: bool,
+    force: bool,
+    json: bool,
+) -> None:
+    from sdcompile import console, run, status
+    from sdcompile.store import Store
+
+    observer = console.observer(json_mode=json)
+    work = run.prepare(recipe, sets, Store(store), offline=offline)
+    status.check_component(work, only)
+    for note in work.plan.notes:
+        observer.warn(note)
+    with observer.watching(work.plan.until(stage, only)):
+        paths = run.build(work, stage, observer, only=only, force=force)
+    bundle_step = "pipeline.package.bundle"
+    placed = run.place(work, paths[bundle_step], output) if bundle_step in paths else None
+    console.show_result(run.outcome(work, paths, placed), json_mode=json)
+
+
+@app.command(short_help="Engines against the torch reference.", rich_help_panel="Build")
+@reported
+def verify(
+    target: Annotated[
+        Path, typer.Argument(metavar="RECIPE|BUNDLE", help="A recipe to build and verify, or a bundle to verify again.")
+    ],
+    source: Annotated[
+        str | None, typer.Option("--source", help="For a bundle: the source model to compare with.", metavar="SOURCE")
+    ] = None,
+    store: StorePath = STORE,
+    set_: Sets = None,
+    only: Only = None,
+    offline: Offline = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Compare every engine with the torch reference: of a recipe, or of a finished bundle.
+
+    Examples: `sdcompile verify recipes/tiny-openvino-bf16.yaml`,
+    `sdcompile verify artifacts/tiny-openvino-bf16.sdc --source builtin:tiny`
+    """
+    if not target.is_dir():
+        _build(target, "verify", STORE, store, tuple(set_ or ()), only, offline, force, json)
+        return
+    from sdcompile import console, run
+    from sdcompile.store import Store
+
+    observer = console.observer(json_mode=json)
+    console.show_result(run.verify_bundle(target, source, Store(store), observer, offline=offline), json_mode=json)

@@ -1,0 +1,78 @@
+"""Commands that only look: what would be built and why, what this machine and a bundle are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sdcompile.cli.words import STORE, BundlePath, Json, Offline, Only, RecipePath, Sets, StorePath, app, reported
+
+
+@app.command(short_help="Every step: hit or miss, and why.", rich_help_panel="Understand")
+@reported
+def plan(
+    recipe: RecipePath,
+    store: StorePath = STORE,
+    set_: Sets = None,
+    only: Only = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Show every step a build would take: hit or miss, why, and what it needs.
+
+    Example: `sdcompile plan recipes/tiny-openvino-bf16.yaml --set precision=fp32`
+    """
+    from sdcompile import console, run, status
+    from sdcompile.store import Store
+
+    work = run.prepare(recipe, tuple(set_ or ()), Store(store), offline=offline)
+    status.check_component(work, only)
+    console.show_plan(status.rows(work, only), work.plan.notes, json_mode=json)
+
+
+@app.command(short_help="What a step's key is made of.", rich_help_panel="Understand")
+@reported
+def explain(
+    recipe: RecipePath,
+    step: Annotated[str, typer.Argument(metavar="STEP", help="As `plan` names it, e.g. unet.export.onnx.")],
+    store: StorePath = STORE,
+    set_: Sets = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Show what a step's key is made of, and what changed since it was last made.
+
+    Example: `sdcompile explain recipes/tiny-openvino-bf16.yaml unet.compile.openvino`
+    """
+    from sdcompile import console, run, status
+    from sdcompile.store import Store
+
+    work = run.prepare(recipe, tuple(set_ or ()), Store(store), offline=offline)
+    console.show_explanation(status.explanation(work, step), json_mode=json)
+
+
+@app.command(short_help="What this machine has and lacks.", rich_help_panel="Understand")
+@reported
+def doctor(store: StorePath = STORE, json: Json = False) -> None:
+    """List backends, devices, memory and disk, and how to get what is missing.
+
+    Example: `sdcompile doctor`
+    """
+    from sdcompile import console, status
+
+    console.show_doctor(status.doctor(store), json_mode=json)
+
+
+@app.command(short_help="What a bundle is.", rich_help_panel="Understand")
+@reported
+def inspect(bundle: BundlePath, json: Json = False) -> None:
+    """Print what a bundle is, without loading an engine.
+
+    Example: `sdcompile inspect artifacts/tiny-openvino-bf16.sdc`
+    """
+    from sdcompile import bundle as bundles
+    from sdcompile import console
+
+    manifest = bundles.read(bundle)
+    console.show_manifest(bundle, manifest.model_dump(mode="json"), bundles.digest(bundle), json_mode=json)
