@@ -226,7 +226,7 @@ def test_gc_frees_what_no_recipe_used_last(own):
     [
         (["backend=openvinno"], 2, "did you mean 'openvino'"),
         (["precision=int4"], 2, "int4"),
-        (["backend=openvino", "precision=int8"], 2, "openvino cannot make int8 of"),
+        (["backend=reference", "precision=int8"], 2, "reference cannot make int8 of"),
         (["shapes.height=100"], 2, "shapes.height: 100 is not a multiple of"),
         (["source=nowhere"], 2, "nowhere"),
         (["defaults.num_inference_steps=0"], 2, "num_inference_steps"),

@@ -68,8 +68,8 @@ class Backend:
     options    pydantic model of the recipe's `build:` mapping for this backend
     export     options this backend asks of the ONNX exporter (e.g. {"attention": "mha"})
     quantize   params this backend asks of the quantization pass, unless the recipe sets them
-    rest       precision of what int8 leaves unquantized, unless the recipe says `quantize: {rest: ...}`;
-               job.params["rest"] of an int8 build
+    rests      precisions that what int8 leaves unquantized may have, the usual one first; what a recipe chose
+               (`quantize: {rest: ...}`) is job.params["rest"] of an int8 build
     packages   distributions whose versions decide the bytes `build` writes (part of the key)
     probe      () -> Probe, from metadata only
     build      (src, out, job): read the form in `src`, write the engine's files into `out`
@@ -89,7 +89,7 @@ class Backend:
     revision: int = 1
     export: Mapping[str, Any] = field(default_factory=dict)
     quantize: Mapping[str, Any] = field(default_factory=dict)
-    rest: Precision = "fp32"
+    rests: tuple[Precision, ...] = ("fp32",)
     host_bound: bool = False
     verifiable: bool = True
 

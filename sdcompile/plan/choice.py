@@ -75,10 +75,10 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     ]
     if quantizer is None:
         return Choice(backend, precision, params, tuple(passes))
-    rest: Precision = quantize.rest or backend.rest
-    if rest not in backend.realises:
+    rest: Precision = quantize.rest or backend.rests[0]
+    if rest not in backend.rests:
         where = f"components.{name}.quantize.rest" if own and own.quantize and own.quantize.rest else "quantize.rest"
-        faults.append(f"{where}: {backend.name} cannot make {rest} of {name}: it makes {', '.join(backend.realises)}")
+        faults.append(f"{where}: beside int8, {backend.name} computes in {' or '.join(backend.rests)}, not in {rest}")
     passes += [_planned(PASSES[p], {}) for p in backend.realises.get(rest, ())]
     return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, quantize.accept_if)
 

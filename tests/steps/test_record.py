@@ -334,3 +334,69 @@ def test_a_bundle_is_refused_when_it_no_longer_agrees_with_the_source(bundled, r
     save_file({k: v * (np.float32(1.01) if k.startswith("out.") else 1) for k, v in load_file(path).items()}, path)
     found = verify.recheck(*bundled, other)
     assert [name for name, report in found.items() if not report["passed"]] == ["unet"]
+
+
+def calibrate_into(folder: Path, inputs: dict[str, Path], **changes: object) -> Path:
+    from sdcompile.steps import calibrate
+
+    job = recording_job(inputs, **{
+        "prompts": ["a red square", "a blue circle", "a square", "a circle"], "seed": 1000, "images": 8,
+        "max_samples": 20, "record": ["unet", "vae_decoder"], **changes,
+    })  # fmt: skip
+    folder.mkdir()
+    calibrate.run(inputs, folder, job)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(inputs, tmp_path_factory) -> Path:
+    return calibrate_into(tmp_path_factory.mktemp("calibrated") / "samples", inputs)
+
+
+def test_calibration_keeps_as_many_calls_as_asked_of_every_region_shape_and_guidance(calibrated):
+    told = index(calibrated)
+    rows = [row for row in told["samples"] if row["component"] == "unet"]
+    assert len(rows) == 20
+    assert {row["component"] for row in told["samples"]} == {"unet", "vae_decoder"}
+    for part in (True, False):
+        assert {row["region"] for row in rows if row["held_out"] is part} == {"early", "mid", "late"}
+    assert {row["shape"] for row in rows} == {"min", "opt", "max"}
+    assert {t["guidance_scale"] > 1 for t in told["trajectories"]} == {True, False}
+    held_out = {row["trajectory"] for row in rows if row["held_out"]}
+    assert held_out == {"003", "007"}
+
+
+def test_calibration_sees_no_trajectory_of_verification(calibrated, recorded):
+    fitted, verified = index(calibrated)["trajectories"], index(recorded)["trajectories"]
+    assert not {p for t in fitted for p in t["prompts"]} & {p for t in verified for p in t["prompts"]}
+    assert not {t["seed"] for t in fitted} & {t["seed"] for t in verified}
+
+
+def test_calibrating_again_gives_the_same_bytes(calibrated, inputs, tmp_path):
+    again = calibrate_into(tmp_path / "again", inputs)
+    for path in calibrated.rglob("*.*"):
+        assert path.read_bytes() == (again / path.relative_to(calibrated)).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("steps", "trajectories", "most"), [(10, 32, 128), (10, 4, 400), (50, 8, 9), (1, 4, 4), (7, 5, 12)]
+)
+def test_kept_calls_are_spread_over_trajectories_and_time(steps, trajectories, most):
+    from sdcompile.steps.calibrate import kept_steps
+
+    kept = [kept_steps(steps, n, trajectories, most, seed=0) for n in range(trajectories)]
+    assert sum(map(len, kept)) == min(most, steps * trajectories)
+    assert max(map(len, kept)) - min(map(len, kept)) <= 1
+    assert all(0 <= step < steps for row in kept for step in row)
+    if sum(map(len, kept)) >= 3 * steps:
+        assert {step for row in kept for step in row} == set(range(steps))
+
+
+def test_a_reference_that_gives_nan_is_a_failed_step(inputs, tmp_path):
+    """A VAE encoder's answers go through no check of the pipeline's own."""
+    from sdcompile.errors import StageError
+    from sdcompile.samples import Writer
+
+    writer = Writer(tmp_path)
+    with pytest.raises(StageError, match=r"vae_encoder: the fp32 reference has NaN .* in out\.latent"):
+        writer.add("vae_encoder", {"step": None, "prompt": "a"}, {}, {"latent": np.array([np.nan], "f")})

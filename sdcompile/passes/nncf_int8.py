@@ -1,0 +1,305 @@
+"""ONNX fp32 -> int8, put there as QuantizeLinear / DequantizeLinear pairs by NNCF's post-training quantization.
+
+Ranges are fitted to what the fp32 reference was fed on real denoising trajectories. With a budget, the
+fewest groups of layers are left in float so that held out samples keep the SNR asked for (see
+`sensitivity`). Weights are folded to integers at the end, tensor by tensor, so that a large model's
+fp32 weights are in memory only while NNCF works on them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sdcompile.errors import StageError
+from sdcompile.passes.base import Pass, write_effect
+from sdcompile.spec import Job
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    import onnx_ir as ir
+
+    from sdcompile.samples import Samples
+
+REVISION = 1
+
+SENSITIVITY = "sensitivity.json"
+
+
+class Budget(BaseModel):
+    """What quantization may cost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_snr_db: float = Field(
+        ge=0, le=120, description="Lowest SNR of any held out sample, in dB. Groups that cost most stay in float."
+    )
+
+
+class Params(BaseModel):
+    """INT8 post-training quantization by NNCF."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["static", "weights"] = Field(
+        default="static",
+        description="static: weights and activations, with ranges fitted to samples. weights: weights alone, "
+        "symmetric per channel; halves nothing but memory traffic.",
+    )
+    symmetric: bool = Field(
+        default=False, description="int8 activations with zero point 0 only, which is all that TensorRT takes."
+    )
+    model_type: Literal["transformer", "any"] = Field(
+        default="transformer",
+        description="transformer: only convolutions and products are quantized; any: all NNCF can.",
+    )
+    vectors: bool = Field(
+        default=False,
+        description="Quantize also layers that see one vector an image (time embeddings): too small to gain by it.",
+    )
+    smooth_quant: bool = Field(
+        default=False,
+        description="Move outliers of activations into weights before products (SmoothQuant); a multiplication each.",
+    )
+    smooth_quant_alpha: float = Field(default=0.95, ge=0, le=1, description="How much of them is moved.")
+    bias_correction: Literal["off", "fast", "accurate"] = Field(
+        default="off", description="Shift biases so that the mean output stays; fast or layer by layer."
+    )
+    max_samples: int = Field(default=96, ge=1, description="Samples that ranges are fitted to.")
+    ignore: tuple[str, ...] = Field(
+        default=(),
+        description="Modules to leave in float, by path: `mid_block`, `**.attn2.to_q`; `*` is any part of one name, "
+        "`**` any names. A pattern that matches nothing is an error.",
+    )
+    budget: Budget | None = Field(default=None, description="What it may cost. Unset: everything is quantized.")
+    sensitivity: bool = Field(default=False, description="Measure every group of layers even without a budget.")
+    judge_samples: int = Field(
+        default=12, ge=1, description="Held out samples that groups and the result are judged by."
+    )
+
+
+def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
+    """Write the int8 form of `inputs["onnx"]/model.onnx` to `out/model.onnx` (+ model.onnx.data) and effect.json.
+
+    inputs["samples"]: the samples form of a calibration. With a budget, or `sensitivity`, sensitivity.json tells
+    what each group costs. Raises StageError when the graph is quantized already, a pattern matches nothing, no
+    sample was recorded, one holds NaN, the budget cannot be held, or the result is not what was asked.
+    """
+    import onnx_ir as ir
+
+    from sdcompile.passes import qdq, sensitivity
+    from sdcompile.samples import Samples
+
+    params = Params.model_validate({k: v for k, v in job.params.items() if k in Params.model_fields})
+    source = inputs["onnx"] / "model.onnx"
+    original = qdq.load(source)
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in original.graph):
+        raise StageError(f"{job.component}: the graph is quantized already", "name the original weights as source")
+    ignored = qdq.matching(qdq.targets(original.graph), params.ignore)
+    if not params.vectors:
+        # The exporter writes Gemm for linear layers on (rows, width) alone. On the tiny model, quantizing the time
+        # embedding was most of the late steps' noise (SNR 11 dB without SmoothQuant, 24 dB without these layers).
+        ignored |= {str(node.name) for node in qdq.targets(original.graph) if node.op_type == "Gemm"}
+    held_out = Samples(inputs["samples"], job.component, held_out=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix="quantize-") as scratch:
+        graph = Path(scratch) / "model.onnx"
+        _insert_pairs(inputs, graph, job, params, ignored)
+        judge = sensitivity.judge(held_out, params.judge_samples, graph)
+        job.say("measuring int8", None)
+        everything = chosen = judge.noise(None)
+        groups = qdq.groups(qdq.load(graph).graph)
+        left_out: list[str] = []
+        if params.budget is not None or params.sensitivity:
+            alone = sensitivity.measure(judge, groups, job.say)
+            if params.budget is not None:
+                left_out, chosen = sensitivity.choose(judge, alone, everything, params.budget.min_snr_db, job.say)
+            told = sensitivity.report(judge, groups, alone, everything, left_out, chosen)
+            (out / SENSITIVITY).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        if left_out and params.bias_correction != "off":
+            # Biases were shifted for a neighbourhood that is no longer quantized.
+            dropped = {name for group in left_out for name in groups[group]}
+            _insert_pairs(inputs, graph, job, params, ignored | dropped)
+            chosen = judge.noise(None)
+        model = qdq.load(graph)
+        if left_out:
+            qdq.keep_only(model, set(groups) - set(left_out))
+        qdq.fold_weights(model)
+        found = qdq.check(model, symmetric=params.symmetric)
+        job.say("writing model.onnx", None)
+        ir.save(model, out / "model.onnx", external_data="model.onnx.data")
+    write_effect(
+        out,
+        parameters=(parameters := _parameters(original), parameters),
+        size_bytes=(_bytes(inputs["onnx"]), _bytes(out)),
+        snr_db=sensitivity.snr_by_region(chosen, judge.regions),
+        quantized=found["operators"],
+        operators=len(qdq.targets(original.graph)),
+        left_out=left_out,
+        ignored=list(params.ignore),
+    )
+
+
+def _insert_pairs(inputs: Mapping[str, Path], target: Path, job: Job, params: Params, ignored: Collection[str]) -> None:
+    """Write the graph with a pair on every input that runs in int8, weights still in float, beside its data."""
+    import onnx
+
+    from sdcompile.samples import Samples
+
+    source = inputs["onnx"] / "model.onnx"
+    if params.mode == "weights":
+        _insert_weight_pairs(source, target, ignored)
+        return
+    fit = Samples(inputs["samples"], job.component, held_out=False)
+    if not len(fit):
+        raise StageError(
+            f"{job.component}: no sample was recorded to fit ranges to",
+            "raise `calibrate: {images: ..., max_samples: ...}`",
+        )
+    model = _quantized(source, fit, job, params, ignored)
+    for old in (target, target.with_name("model.onnx.data")):
+        old.unlink(missing_ok=True)
+    onnx.save(
+        model, target, save_as_external_data=True, all_tensors_to_one_file=True, location="model.onnx.data",
+        size_threshold=1024,
+    )  # fmt: skip
+
+
+def _quantized(source: Path, fit: Samples, job: Job, params: Params, ignored: Collection[str]) -> onnx.ModelProto:
+    import onnx
+
+    with _quiet():
+        import nncf
+        from nncf.onnx.quantization.backend_parameters import BackendParameters
+        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
+
+        advanced = AdvancedQuantizationParameters(
+            disable_bias_correction=params.bias_correction == "off",
+            smooth_quant_alphas=AdvancedSmoothQuantParameters(
+                matmul=params.smooth_quant_alpha if params.smooth_quant else -1, convolution=-1
+            ),
+            backend_params={
+                BackendParameters.EXTERNAL_DATA_DIR: str(source.parent.resolve()),
+                BackendParameters.COMPRESS_WEIGHTS: False,
+            },
+        )
+        names = list(fit.rows)
+        count = min(params.max_samples, len(names))
+        job.say(f"fitting int8 ranges to {count} samples", None)
+        try:
+            return nncf.quantize(
+                onnx.load(source, load_external_data=False),
+                nncf.Dataset([names[i * len(names) // count] for i in range(count)], lambda n: dict(fit[n].feeds)),
+                subset_size=count,
+                # NNCF 3.4 makes every zero point 0 for a transformer with the performance preset only; with
+                # another model type it takes uint8 for activations that are never negative.
+                preset=nncf.QuantizationPreset.PERFORMANCE if params.symmetric else nncf.QuantizationPreset.MIXED,
+                model_type=nncf.ModelType.TRANSFORMER if params.model_type == "transformer" else None,
+                fast_bias_correction=params.bias_correction != "accurate",
+                ignored_scope=nncf.IgnoredScope(names=sorted(ignored)) if ignored else None,
+                advanced_parameters=advanced,
+            )
+        except (nncf.ValidationError, nncf.InternalError, nncf.UnsupportedModelError) as error:
+            raise StageError(f"{job.component}: NNCF cannot quantize this graph: {error}") from error
+
+
+def _insert_weight_pairs(source: Path, target: Path, ignored: Collection[str]) -> None:
+    """Symmetric int8 pairs, one scale per output channel, on the weights of convolutions and products.
+
+    NNCF's own compress_weights writes scales for convolutions that ONNX Runtime refuses (NNCF 3.4).
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    from sdcompile.passes import qdq
+
+    model = qdq.load(source)
+    graph = model.graph
+    for node in qdq.targets(graph):
+        weight = node.inputs[1]
+        if weight is None or not weight.is_initializer() or node.name in ignored:
+            continue
+        assert weight.const_value is not None
+        values = weight.const_value.numpy()
+        transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
+        axis = 0 if node.op_type == "Conv" or transposed else 1 if node.op_type == "ConvTranspose" else values.ndim - 1
+        largest = np.abs(values).max(axis=tuple(i for i in range(values.ndim) if i != axis))
+        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        constants = [
+            _constant(f"{weight.name}_scale", scale),
+            _constant(f"{weight.name}_zero_point", np.zeros(scale.shape, np.int8)),
+        ]
+        value: ir.Value = weight
+        for op in ("QuantizeLinear", "DequantizeLinear"):
+            pair = ir.Node(
+                "",
+                op,
+                [value, *constants],
+                [ir.AttrInt64("axis", axis)],
+                name=f"{node.name}/weight/{op}",
+                num_outputs=1,
+            )
+            graph.insert_before(node, pair)
+            value = pair.outputs[0]
+            value.name = f"{node.name}/weight/{op}"
+        for constant in constants:
+            graph.initializers.setdefault(str(constant.name), constant)
+        node.replace_input_with(1, value)
+    ir.save(model, target, external_data="model.onnx.data")
+
+
+def _constant(name: str, array: np.ndarray) -> ir.Value:
+    import onnx_ir as ir
+
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+
+
+def _parameters(model: Any) -> int:
+    values = model.graph.initializers.values()
+    return sum(int(value.const_value.size) for value in values if value.const_value.dtype.is_floating_point())
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Import and run NNCF without its progress bars and advice, which would stand among a build's own lines,
+    and without its telemetry, which would send what is built to others. What it refuses it raises."""
+    os.environ.setdefault("NNCF_CI", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import nncf
+        from nncf.common.logging import track_progress
+
+        shown = track_progress.track.__init__
+        nncf.set_log_level(logging.ERROR)
+        track_progress.track.__init__ = lambda self, *rest, **named: shown(self, *rest, **{**named, "disable": True})
+        try:
+            yield
+        finally:
+            track_progress.track.__init__ = shown
+
+
+PASS = Pass(
+    name="nncf_int8",
+    stage="quantize",
+    kind="onnx",
+    revision=REVISION,
+    params=Params,
+    run=run,
+    packages=("nncf", "onnx", "onnxruntime"),
+    calibrates=lambda params: True,
+    memory=(3.0, 2.0),
+)

@@ -1,0 +1,213 @@
+"""Quantize and dequantize pairs in an ONNX graph: whose they are, taking them out, folding weights, checking them.
+
+A group is a part of the torch module that is quantized or left alone as one: an attention layer, a
+feed-forward, a residual block. Every convolution and matrix product belongs to one, by the module
+path the exporter kept; a pair belongs to the groups of what it feeds. It knows no quantizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdcompile.errors import StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+MODULE = "module"
+"""Key of a node's metadata that holds its torch module path (see `steps.export_onnx`)."""
+
+TARGETS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+
+_MOVES = frozenset({
+    "Reshape", "Transpose", "Resize", "Concat", "Slice", "Split", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Pad",
+})  # fmt: skip
+"""Operators through which a pair still feeds what comes behind them."""
+
+# The parts of diffusers' and transformers' modules that stand or fall together; else the first two names.
+_GROUP = re.compile(
+    r".*?\b(?:resnets|attentions|downsamplers|upsamplers|layers)\.\d+"
+    r"(?:\.transformer_blocks\.\d+\.\w+|\.(?:self_attn|mlp))?"
+)
+
+
+def module_of(node: ir.Node) -> str:
+    """The torch module path of a node, without the name of the component around it."""
+    path = node.metadata_props.get(MODULE) or str(node.name or "").rpartition("/")[0]
+    return path.partition(".")[2] or path
+
+
+def group_of(path: str) -> str:
+    found = _GROUP.match(path)
+    return found.group(0) if found else ".".join(path.split(".")[:2])
+
+
+def targets(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if node.op_type in TARGETS]
+
+
+def matching(nodes: Iterable[ir.Node], patterns: Iterable[str]) -> set[str]:
+    """Names of the nodes whose module lies at or under a module that one of `patterns` names.
+
+    A pattern is a dotted path in which `*` stands for any part of one name and `**` for any names; it may
+    start anywhere (`attn2.to_q`, `down_blocks.0`, `mid_block.**.ff`). Raises StageError when one matches nothing.
+    """
+    rows = [(str(node.name), module_of(node)) for node in nodes]
+    found: set[str] = set()
+    for pattern in patterns:
+        regex = _regex(pattern)
+        names = {name for name, path in rows if regex.fullmatch(path)}
+        if not names:
+            some = ", ".join(sorted({group_of(path) for _, path in rows})[:6])
+            raise StageError(
+                f"the pattern {pattern!r} matches no module that can be quantized",
+                f"module paths look like {some}, ...; `sdcompile sensitivity RECIPE` lists them",
+            )
+        found |= names
+    return found
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts = (".*" if p == "**" else "[^.]*" if p == "*" else re.escape(p) for p in re.split(r"(\*\*|\*)", pattern))
+    return re.compile(rf"(?:.*\.)?{''.join(parts)}(?:\..*)?")
+
+
+def pairs(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, frozenset[str]]]:
+    """(QuantizeLinear, DequantizeLinear, groups they feed), of activations and of weights not folded yet."""
+    for node in list(graph):
+        if node.op_type == "QuantizeLinear":
+            for use in node.outputs[0].uses():
+                yield node, use.node, frozenset(_fed(use.node))
+
+
+def _fed(node: ir.Node) -> Iterator[str]:
+    """Groups of the convolutions and products that `node` feeds, directly or through moves of data."""
+    for user in {use.node for use in node.outputs[0].uses()}:
+        if user.op_type in TARGETS:
+            yield group_of(module_of(user))
+        elif user.op_type in _MOVES:
+            yield from _fed(user)
+
+
+def groups(graph: ir.Graph) -> dict[str, list[str]]:
+    """Group -> names of its quantized nodes, in the order of the graph."""
+    fed = {group for _, _, row in pairs(graph) for group in row}
+    found: dict[str, list[str]] = {}
+    for node in targets(graph):
+        group = group_of(module_of(node))
+        if group in fed:
+            found.setdefault(group, []).append(str(node.name))
+    return found
+
+
+def keep_only(model: ir.Model, kept: Collection[str]) -> None:
+    """Take out, in place, every pair that feeds no group of `kept`: those groups compute in float again."""
+    graph = model.graph
+    for quantize, dequantize, fed in list(pairs(graph)):
+        if fed.isdisjoint(kept):
+            source, value = quantize.inputs[0], dequantize.outputs[0]
+            assert source is not None
+            for use in list(value.uses()):
+                use.node.replace_input_with(use.idx, source)
+            graph.remove(dequantize, safe=True)
+            if not quantize.outputs[0].uses():
+                graph.remove(quantize, safe=True)
+
+
+def fold_weights(model: ir.Model) -> None:
+    """Replace, in place, every quantized weight by its integers, computed when they are written, tensor by tensor."""
+    graph = model.graph
+    for quantize, _, _ in list(pairs(graph)):
+        weight, scale, zero_point = quantize.inputs[:3]
+        if weight is None or not weight.is_initializer() or quantize.outputs[0].name in graph.initializers:
+            continue
+        axis = quantize.attributes["axis"].as_int() if "axis" in quantize.attributes else 1
+        folded = _integers(weight, scale, zero_point, axis)
+        for use in list(quantize.outputs[0].uses()):
+            use.node.replace_input_with(use.idx, folded)
+        graph.remove(quantize, safe=True)
+        graph.initializers.add(folded)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in graph.outputs:
+            del graph.initializers[name]
+
+
+def quantized(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, axis: int) -> np.ndarray:
+    """QuantizeLinear of ONNX: saturate(round_half_even(weight / scale) + zero_point), per tensor or along `axis`."""
+    import numpy as np
+
+    def along(values: np.ndarray) -> np.ndarray:
+        if values.size == 1:
+            return values.reshape(())
+        return values.reshape([-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)])
+
+    limits = np.iinfo(zero_point.dtype)
+    levels = np.rint(weight / along(scale)) + along(zero_point.astype(np.float32))
+    result: np.ndarray = np.clip(levels, limits.min, limits.max).astype(zero_point.dtype)
+    return result
+
+
+def _integers(weight: ir.Value, scale: ir.Value | None, zero_point: ir.Value | None, axis: int) -> ir.Value:
+    import onnx_ir as ir
+
+    assert scale is not None
+    assert zero_point is not None
+    tensor, steps, zeros = (v.const_value for v in (weight, scale, zero_point))
+    assert tensor is not None
+    assert steps is not None
+    assert zeros is not None
+
+    def make() -> ir.Tensor:
+        return ir.Tensor(quantized(tensor.numpy(), steps.numpy(), zeros.numpy(), axis), name=name)
+
+    name = f"{weight.name}_quantized"
+    shape = weight.shape
+    assert shape is not None
+    lazy = ir.LazyTensor(make, dtype=zeros.dtype, shape=shape, name=name)
+    return ir.Value(name=name, type=ir.TensorType(zeros.dtype), shape=shape, const_value=lazy)
+
+
+def check(model: ir.Model, *, symmetric: bool) -> dict[str, int]:
+    """Counts of what is quantized: {"operators", "activations", "weights"}.
+
+    Raises StageError for a graph called quantized in which nothing is, and, where `symmetric` int8 was
+    asked for (TensorRT takes no other), for unsigned types and zero points that are not zero.
+    """
+    graph = model.graph
+    dequantize = [node for node in graph if node.op_type == "DequantizeLinear"]
+    if not dequantize:
+        raise StageError(
+            "nothing in this graph is quantized: it has no DequantizeLinear",
+            "take patterns out of `quantize: {ignore: [...]}`, lower the budget, or build it in another precision",
+        )
+    for node in dequantize if symmetric else ():
+        zero_point = node.inputs[2].const_value if len(node.inputs) > 2 and node.inputs[2] is not None else None
+        if zero_point is None:
+            continue
+        if zero_point.dtype.name != "INT8" or zero_point.numpy().any():
+            raise StageError(
+                f"symmetric int8 was asked for, but {node.name} has zero points of {zero_point.dtype.name} "
+                f"up to {abs(zero_point.numpy().astype(int)).max()}",
+                "use `quantize: {model_type: transformer}`, which NNCF quantizes symmetrically",
+            )
+    weights = sum(node.inputs[0] is not None and node.inputs[0].is_initializer() for node in dequantize)
+    run = [n for n in targets(graph) if any(i is not None and _comes_from(i, "DequantizeLinear") for i in n.inputs[:2])]
+    return {"operators": len(run), "activations": len(dequantize) - weights, "weights": weights}
+
+
+def _comes_from(value: ir.Value, op_type: str) -> bool:
+    producer = value.producer()
+    while producer is not None and producer.op_type in _MOVES and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
+    return producer is not None and producer.op_type == op_type
+
+
+def load(path: Path) -> ir.Model:
+    """A model whose large weights stay mapped in their file."""
+    import onnx_ir as ir
+
+    return ir.load(path)

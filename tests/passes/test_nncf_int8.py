@@ -1,0 +1,244 @@
+"""INT8: what is quantized, what each group costs, what a budget leaves out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdcompile.errors import StageError
+from sdcompile.passes import nncf_int8
+from sdcompile.samples import Samples, Writer
+from sdcompile.spec import Job
+
+pytestmark = pytest.mark.tiny
+
+REGIONS = ("early", "mid", "late")
+WIDTH = 16
+LAYERS = {
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": 1.0,
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0": 1.0,
+    "unet.mid_block.resnets.0.conv1": 1.0,
+    "unet.conv_out": 60.0,
+}
+"""Module path -> by how much one output channel of its weight is larger than the others.
+
+One scale serves all values of an activation, so what follows a layer with one huge channel loses the others.
+"""
+
+
+@pytest.fixture(scope="module")
+def form(tmp_path_factory) -> Path:
+    """Four products in a row with a residual each, named as the exporter names them; their weights in a file."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    draw = np.random.default_rng(0)
+    nodes, weights, value = [], [], "sample"
+    for number, (path, outlier) in enumerate(LAYERS.items()):
+        weight = draw.standard_normal((WIDTH, WIDTH)).astype("f") / 4
+        weight[:, 0] *= outlier
+        weights.append(numpy_helper.from_array(weight, f"w{number}"))
+        product = helper.make_node("MatMul", [value, f"w{number}"], [f"p{number}"], name=f"{path}/MatMul_0")
+        bent = helper.make_node("Tanh", [f"p{number}"], [f"t{number}"], name=f"{path}/Tanh_0")
+        added = helper.make_node("Add", [value, f"t{number}"], [f"a{number}"], name=f"{path}/Add_0")
+        for node in (product, bent, added):
+            node.metadata_props.add(key="module", value=path)
+        nodes += [product, bent, added]
+        value = f"a{number}"
+    nodes.append(helper.make_node("Identity", [value], ["out_sample"], name="root/Identity_0"))
+    shape = ["R", 4, WIDTH]
+    graph = helper.make_graph(
+        nodes, "main", [helper.make_tensor_value_info("sample", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, shape)], weights,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    folder = tmp_path_factory.mktemp("onnx")
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=64)
+    return folder
+
+
+def record(folder: Path, form: Path, count: int = 16, spoil: int | None = None) -> Path:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(form / "model.onnx", providers=["CPUExecutionProvider"])
+    draw = np.random.default_rng(1)
+    writer = Writer(folder)
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        feeds = {"sample": draw.standard_normal((2, 4, WIDTH)).astype("f")}
+        told = {
+            "trajectory": "000", "prompt": "a red circle", "negative_prompt": "", "step": number,
+            "timestep": 999.0 - number, "region": REGIONS[number * 3 // count], "shape": "opt",
+            "held_out": number % 4 == 3,
+        }  # fmt: skip
+        writer.add("unet", told, feeds, {"out_sample": session.run(None, feeds)[0]})
+    writer.index([])
+    if spoil is not None:
+        from safetensors.numpy import load_file, save_file
+
+        path = folder / "unet" / f"{spoil:03d}.safetensors"
+        save_file({k: v * np.float32(np.nan) for k, v in load_file(path).items()}, path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(form, tmp_path_factory) -> Path:
+    return record(tmp_path_factory.mktemp("samples"), form)
+
+
+def quantize(form: Path, recorded: Path, out: Path, **params: object) -> dict:
+    out.mkdir()
+    nncf_int8.run({"onnx": form, "samples": recorded}, out, Job("unet", {"family": "sd", **params}))
+    return json.loads((out / "effect.json").read_text())
+
+
+def worst_db(folder: Path, recorded: Path) -> float:
+    """Lowest SNR of held out samples as ONNX Runtime computes the graph, int8 kernels and all."""
+    import onnxruntime as ort
+
+    from sdcompile import metrics
+
+    session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    found = []
+    for sample in Samples(recorded, "unet", held_out=True):
+        (answer,) = session.run(None, dict(sample.feeds))
+        found.append(metrics.snr_db(sample.outputs["out_sample"], answer))
+    return min(found)
+
+
+def kinds(folder: Path) -> list[str]:
+    import onnx
+
+    return [node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node]
+
+
+def test_everything_is_int8_smaller_and_close_to_the_reference(form, recorded, tmp_path):
+    effect = quantize(form, recorded, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "model.onnx.data", "effect.json"}
+    assert effect["quantized"] == effect["operators"] == len(LAYERS)
+    assert kinds(tmp_path / "out").count("DequantizeLinear") == 2 * len(LAYERS)
+    assert set(effect["snr_db"]) == set(REGIONS)
+    assert worst_db(tmp_path / "out", recorded) == pytest.approx(min(effect["snr_db"].values()), abs=1.5)
+    assert min(effect["snr_db"].values()) > 20
+
+
+def test_quantizing_again_gives_the_same_bytes(form, recorded, tmp_path):
+    for name in ("a", "b"):
+        quantize(form, recorded, tmp_path / name, sensitivity=True)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_the_group_with_outliers_is_found_and_left_out_first(form, recorded, tmp_path):
+    quantize(form, recorded, tmp_path / "all", sensitivity=True)
+    told = json.loads((tmp_path / "all" / "sensitivity.json").read_text())
+    groups = [row["name"] for row in told["groups"]]
+    assert set(groups) == {
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "down_blocks.0.attentions.0.transformer_blocks.0.ff",
+        "mid_block.resnets.0", "conv_out",
+    }  # fmt: skip
+    worst = min(told["all"].values())
+    floor = worst + 3
+    effect = quantize(form, recorded, tmp_path / "mixed", budget={"min_snr_db": floor})
+    assert effect["left_out"]
+    assert effect["left_out"][0] == groups[0]
+    assert min(effect["snr_db"].values()) >= floor > worst
+    assert effect["quantized"] == len(LAYERS) - len(effect["left_out"])
+    assert worst_db(tmp_path / "mixed", recorded) >= floor - 0.5
+
+
+def test_a_budget_that_int8_holds_leaves_nothing_out(form, recorded, tmp_path):
+    assert quantize(form, recorded, tmp_path / "out", budget={"min_snr_db": 10})["left_out"] == []
+
+
+def test_a_budget_no_int8_can_hold_is_refused(form, recorded, tmp_path):
+    with pytest.raises(StageError, match="the budget of 110 dB cannot be held by any int8"):
+        quantize(form, recorded, tmp_path / "out", budget={"min_snr_db": 110})
+
+
+def test_symmetric_int8_has_no_unsigned_type_and_no_zero_point(form, recorded, tmp_path):
+    import onnx
+    from onnx import TensorProto, numpy_helper
+
+    from sdcompile.passes import qdq
+
+    quantize(form, recorded, tmp_path / "plain")
+    quantize(form, recorded, tmp_path / "symmetric", symmetric=True)
+    zeros = [t for t in onnx.load(tmp_path / "symmetric" / "model.onnx").graph.initializer if "zero_point" in t.name]
+    assert zeros
+    assert all(t.data_type == TensorProto.INT8 and not numpy_helper.to_array(t).any() for t in zeros)
+    with pytest.raises(StageError, match="symmetric int8 was asked for"):
+        qdq.check(qdq.load(tmp_path / "plain" / "model.onnx"), symmetric=True)
+
+
+def test_weights_alone_keep_activations_in_float(form, recorded, tmp_path):
+    effect = quantize(form, recorded, tmp_path / "out", mode="weights")
+    assert "QuantizeLinear" not in kinds(tmp_path / "out")
+    assert kinds(tmp_path / "out").count("DequantizeLinear") == len(LAYERS)
+    assert worst_db(tmp_path / "out", recorded) > 35
+    assert (tmp_path / "out" / "model.onnx.data").stat().st_size < (form / "model.onnx.data").stat().st_size / 2
+    assert effect["quantized"] == len(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("mid_block", 3), ("**.ff", 3), ("attn1.to_q", 3), ("down_blocks.0", 2), ("down_blocks.*.attentions", 2)],
+)
+def test_ignored_modules_stay_in_float(form, recorded, tmp_path, pattern, expected):
+    assert quantize(form, recorded, tmp_path / "out", ignore=[pattern])["quantized"] == expected
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(form, recorded, tmp_path):
+    with pytest.raises(StageError, match="'attn3' matches no module") as caught:
+        quantize(form, recorded, tmp_path / "out", ignore=["mid_block", "attn3"])
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in caught.value.hint
+
+
+def test_ignoring_everything_is_not_called_int8(form, recorded, tmp_path):
+    with pytest.raises(StageError, match="nothing in this graph is quantized"):
+        quantize(form, recorded, tmp_path / "out", ignore=["**"])
+
+
+def test_a_quantized_graph_is_refused(form, recorded, tmp_path):
+    quantize(form, recorded, tmp_path / "out")
+    with pytest.raises(StageError, match="quantized already"):
+        quantize(tmp_path / "out", recorded, tmp_path / "again")
+
+
+def test_samples_with_nan_are_refused(form, tmp_path):
+    with pytest.raises(StageError, match="recorded sample 004 holds NaN"):
+        quantize(form, record(tmp_path / "bad", form, spoil=4), tmp_path / "out")
+
+
+def test_a_component_without_samples_is_refused(form, recorded, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StageError, match="vae: no sample was recorded to fit ranges to"):
+        nncf_int8.run({"onnx": form, "samples": recorded}, tmp_path / "out", Job("vae", {}))
+
+
+def test_the_noise_of_groups_adds_up(form, recorded, tmp_path):
+    """What `choose` builds on: the sum over groups alone is near what all of them give together."""
+    quantize(form, recorded, tmp_path / "all", sensitivity=True)
+    told = json.loads((tmp_path / "all" / "sensitivity.json").read_text())
+    for region in REGIONS:
+        added = sum(10 ** (-row["snr_db"][region] / 10) for row in told["groups"])
+        assert -10 * np.log10(added) == pytest.approx(told["all"][region], abs=3)
+
+
+def test_integers_are_those_of_onnx(form):
+    from onnx import TensorProto, helper
+    from onnx.reference import ReferenceEvaluator
+
+    from sdcompile.passes.qdq import quantized
+
+    weight = np.array([[-300.0, -0.5, 0.5, 1.5], [2.5, 3.49, 126.6, 900.0]], "f")
+    scale, zero = np.array([1.0, 2.0], "f"), np.array([0, 3], np.int8)
+    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], axis=0)
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "s")]
+    infos.append(helper.make_tensor_value_info("z", TensorProto.INT8, None))
+    graph = helper.make_graph([node], "q", infos, [helper.make_tensor_value_info("y", TensorProto.INT8, None)])
+    (expected,) = ReferenceEvaluator(helper.make_model(graph)).run(None, {"x": weight, "s": scale, "z": zero})
+    np.testing.assert_array_equal(quantized(weight, scale, zero, 0), expected)
