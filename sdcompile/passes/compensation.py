@@ -14,6 +14,7 @@ ZipLM (Kurtic et al. 2023, arXiv:2302.04089). The room knows matrices, not model
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,65 +81,76 @@ class Removal:
         return [unit for unit in range(units) if unit not in gone]
 
 
-def by_reconstruction(layer: Layer, moments: Moments, ridge: float) -> Removal:
-    """Take away, again and again, the units whose loss the others can best make up for.
+def removal(layer: Layer, moments: Moments, ridge: float | None, scores: Tensor | None = None) -> Removal:
+    """The order in which units go: by rising `scores` (units,), or always those whose loss the others best make up for.
 
-    One at a time up to 64 units; of more, a sixty-fourth at once, so that wide layers stay affordable.
+    `ridge` None: nothing is made up for; it takes scores. One unit goes at a time, of more than 64 a
+    sixty-fourth at once, so that wide layers stay affordable; errors between are on the line between.
+    """
+    import numpy as np
+
+    if ridge is None:
+        assert scores is not None
+        steps = list(_dropping(layer, moments, scores))
+    else:
+        steps = list(_eliminating(layer, moments, ridge, scores))
+    order = [unit for units, _ in steps for unit in units]
+    counts = np.cumsum([0, *(len(units) for units, _ in steps)])
+    errors = np.array([0.0, *(error for _, error in steps)]) / max(output_power(layer, moments), 1e-300)
+    return Removal(tuple(order), tuple(np.interp(range(len(order) + 1), counts, errors).tolist()))
+
+
+def _eliminating(
+    layer: Layer, moments: Moments, ridge: float, scores: Tensor | None
+) -> Iterator[tuple[list[int], float]]:
+    """(units that go together, cost of all that are gone) until one unit is left; costs include the ridge's part.
+
+    The inverse of the moments is kept up to date block by block, and with it the others' weights.
     """
     import torch
 
     inverse = torch.linalg.inv(_ridged(moments, ridge))
     weights = torch.cat([layer.weight, layer.bias[:, None]], 1)
     left = torch.arange(layer.units)
-    at_once = max(1, layer.units // 64)
-    order: list[int] = []
+    cost = 0.0
     while len(left) > 1:
         places = layer.columns[left]
-        own = inverse[places[:, :, None], places[:, None, :]]
-        mine = weights[:, places].permute(1, 2, 0)  # (units, columns, outputs)
-        costs = (mine * torch.linalg.solve(own, mine)).sum((1, 2))
-        count = min(at_once, len(left) - 1)
-        going = torch.argsort(costs, stable=True)[:count]
-        places = places[going].reshape(-1)
-        inside = torch.linalg.inv(inverse[places[:, None], places])
-        weights = weights - weights[:, places] @ inside @ inverse[places]
-        inverse = inverse - inverse[:, places] @ inside @ inverse[places]
-        order += left[going].tolist()
+        if scores is None:
+            own = inverse[places[:, :, None], places[:, None, :]]
+            mine = weights[:, places].permute(1, 2, 0)  # (units, columns, outputs)
+            ranks = (mine * torch.linalg.solve(own, mine)).sum((1, 2))
+        else:
+            ranks = scores[left]
+        going = torch.argsort(ranks, stable=True)[: min(_at_once(layer), len(left) - 1)]
+        gone = places[going].reshape(-1)
+        inside = torch.linalg.inv(inverse[gone[:, None], gone])
+        lost = weights[:, gone]
+        cost += float(((lost @ inside) * lost).sum())
+        weights = weights - lost @ inside @ inverse[gone]
+        inverse = inverse - inverse[:, gone] @ inside @ inverse[gone]
+        # Rounding leaves dust where zeros belong; a unit matrix keeps what is gone from the others.
+        inverse[gone], inverse[:, gone] = 0.0, 0.0
+        inverse[gone, gone] = 1.0
+        weights[:, gone] = 0.0
+        yield left[going].tolist(), cost
         stays = torch.ones(len(left), dtype=torch.bool)
         stays[going] = False
         left = left[stays]
-        # Rounding leaves dust where zeros belong; a unit matrix keeps what is gone from the others.
-        inverse[places], inverse[:, places] = 0.0, 0.0
-        inverse[places, places] = 1.0
-        weights[:, places] = 0.0
-    return Removal(tuple(order), errors_of(layer, moments, order, ridge))
 
 
-def in_order(layer: Layer, moments: Moments, scores: Tensor, ridge: float | None) -> Removal:
-    """The units by rising `scores` (units,), and what the layer's output loses; `ridge` None = no compensation."""
+def _dropping(layer: Layer, moments: Moments, scores: Tensor) -> Iterator[tuple[list[int], float]]:
+    """As `_eliminating`, with nothing made up for."""
     import torch
 
     order = torch.argsort(scores, stable=True).tolist()[:-1]
-    return Removal(tuple(order), errors_of(layer, moments, order, ridge))
+    for start in range(0, len(order), _at_once(layer)):
+        going = order[start : start + _at_once(layer)]
+        keep = sorted(set(range(layer.units)) - set(order[: start + len(going)]))
+        yield going, output_change(layer, moments, *solved(layer, moments, keep, None))
 
 
-def errors_of(layer: Layer, moments: Moments, order: list[int], ridge: float | None) -> tuple[float, ...]:
-    """Relative squared error of the output after each number of removals in `order`; see `Removal`.
-
-    Every count of up to 64 units, of more every sixty-fourth, the others on the line between.
-    """
-    import numpy as np
-
-    step = max(1, layer.units // 64)
-    counts = sorted({*range(0, len(order) + 1, step), len(order)})
-    power = output_power(layer, moments)
-    found = []
-    for count in counts:
-        gone = order[:count]
-        keep = [unit for unit in range(layer.units) if unit not in set(gone)]
-        weight, bias = solved(layer, moments, keep, ridge)
-        found.append(output_change(layer, moments, weight, bias) / max(power, 1e-300))
-    return tuple(np.interp(range(len(order) + 1), counts, found).tolist())
+def _at_once(layer: Layer) -> int:
+    return max(1, layer.units // 64)
 
 
 def solved(layer: Layer, moments: Moments, keep: list[int], ridge: float | None) -> tuple[Tensor, Tensor]:
@@ -164,6 +176,11 @@ def solved(layer: Layer, moments: Moments, keep: list[int], ridge: float | None)
         weight[:, left[:-1]] += change[:-1].T
         bias += change[-1]
     return weight, bias
+
+
+def relative_error(layer: Layer, moments: Moments, weight: Tensor, bias: Tensor) -> float:
+    """`output_change` over `output_power`."""
+    return output_change(layer, moments, weight, bias) / max(output_power(layer, moments), 1e-300)
 
 
 def output_change(layer: Layer, moments: Moments, weight: Tensor, bias: Tensor) -> float:

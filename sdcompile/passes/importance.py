@@ -1,7 +1,7 @@
 """How much each unit of a site matters: by weights, by gradients, by output, by likeness to another one.
 
 Every function gives scores (units,) float64; the unit of the least goes first. What least squares
-can make up for is not in them: that order comes with `compensation.by_reconstruction`.
+can make up for is not in them: that order comes with `compensation.removal`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ cost in work buys the least error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -106,7 +106,8 @@ def narrow(
     scores = _scores(run, model, studies, calls, request, say)
     for number, study in enumerate(studies):
         say(f"which units of {study.site.module} to remove", 0.3 + 0.4 * number / len(studies))
-        study.removal = _removal(study, scores, request)
+        chosen = scores.get(study.site.module)
+        study.removal = compensation.removal(study.layer, study.moments, _ridge(request), chosen)
     counts = _uniform(studies, request) if request.uniform else _budgeted(run, model, studies, calls, request, say)
     if not any(counts.values()):
         raise StageError(
@@ -117,13 +118,16 @@ def narrow(
     for study in studies:
         count = counts[study.site.module]
         assert study.removal is not None
+        if not count:
+            rows.append(Row(study.site, 0, 0.0, study.sensitivity))
+            continue
         keep = study.removal.kept(count, study.layer.units)
-        edit = study.site.edit(keep) if count else None
-        rows.append(Row(study.site, count, study.removal.error[count], study.sensitivity, edit))
-        if edit:
-            weight, bias = compensation.solved(study.layer, study.moments, keep, _ridge(request))
-            sites.assign(model, study.site, weight, bias)
-            edits.replay(model, [edit])
+        edit = study.site.edit(keep)
+        weight, bias = compensation.solved(study.layer, study.moments, keep, _ridge(request))
+        error = compensation.relative_error(study.layer, study.moments, weight, bias)
+        rows.append(Row(study.site, count, error, study.sensitivity, edit))
+        sites.assign(model, study.site, weight, bias)
+        edits.replay(model, [edit])
     return rows
 
 
@@ -183,13 +187,6 @@ def _counter(study: Study, name: str) -> Callable[..., None]:
         study.positions[name] = study.positions.get(name, 0) + output.numel() // channels
 
     return count
-
-
-def _removal(study: Study, scores: Mapping[str, Tensor], request: Request) -> Removal:
-    layer, moments = study.layer, study.moments
-    if scores:
-        return compensation.in_order(layer, moments, scores[study.site.module], _ridge(request))
-    return compensation.by_reconstruction(layer, moments, request.ridge)
 
 
 def _ridge(request: Request) -> float | None:

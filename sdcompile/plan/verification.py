@@ -100,7 +100,10 @@ def verification(
         name: draft.add(
             name, "engine",
             {"engine": engines[name], "samples": record, **forms[name]},
-            {**choice.params, "backend": choice.backend.name, "floor": _floor(recipe, name, choice)},
+            {
+                **choice.params, "backend": choice.backend.name, "floor": _floor(recipe, name, choice),
+                "own_floor": _own_floor(recipe, name, choice),
+            },
             spec=specs[name], shapes=shapes, precision=choice.precision,
             memory=draft.steps[engines[name]].memory_bytes,
         )
@@ -144,6 +147,22 @@ def _floor(recipe: Recipe, name: str, choice: Choice) -> dict[str, float]:
     return {
         "min_snr_db": base.min_snr_db if own is None or own.min_snr_db is None else own.min_snr_db,
         "min_cosine": base.min_cosine if own is None or own.min_cosine is None else own.min_cosine,
+    }
+
+
+def _own_floor(recipe: Recipe, name: str, choice: Choice) -> dict[str, float] | None:
+    """What an engine must reach against the pruned module it was made of; None when nothing was pruned.
+
+    The floor of its precision; of int8, whose own cost a recipe may accept, no more than it asks for against
+    the source.
+    """
+    if not choice.pruned:
+        return None
+    base, own = metrics.FLOORS[choice.precision], recipe.verify.floors.get(name)
+    asked = None if own is None else own.min_snr_db
+    return {
+        "min_snr_db": base.min_snr_db if asked is None or choice.precision != "int8" else min(asked, base.min_snr_db),
+        "min_cosine": base.min_cosine,
     }
 
 

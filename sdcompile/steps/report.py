@@ -40,11 +40,17 @@ def fault(report: Report, folder: Path | None = None) -> VerifyError:
     return _image_fault(report, folder) if report["component"] == PIPELINE else _engine_fault(report, folder)
 
 
+_AGAINST = {
+    "reference": "its fp32 reference",
+    "checkpoint": "the pruned torch module it was made of, which it must whatever pruning cost",
+}
+
+
 def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
     worst, name = report["worst"], report["component"]
     engine = f"{name} ({report['backend']}, {report['precision']})"
     lines = [
-        f"{engine} does not agree with its fp32 reference: {_shortfall(report)}",
+        f"{engine} does not agree with {_AGAINST[report['against']]}: {_shortfall(report)}",
         f"worst input: {_described(worst)}",
     ]
     if report.get("kept"):
@@ -71,6 +77,12 @@ def _image_fault(report: Report, folder: Path | None) -> VerifyError:
 
 
 def _hint(report: Report) -> str:
+    if "own" in report:
+        made = report["own"]["worst"]["snr_db"]
+        return (
+            f"the engine computes what it was made of ({made:.1f} dB): this is what pruning cost. Prune less, add "
+            f"`recover: {{}}`, or lower `verify: {{{report['component']}: {{min_snr_db: ...}}}}`"
+        )
     name, wider = report["component"], {"int8": "bf16 or fp16", "bf16": "fp16 or fp32", "fp16": "bf16 or fp32"}
     if report["precision"] == "fp32":
         return (

@@ -8,12 +8,13 @@ library an engine runs in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdcompile import metrics
+from sdcompile import checkpoint, metrics
 from sdcompile.backends import BACKENDS, Backend, Engine, Host
 from sdcompile.backends.base import read_card
 from sdcompile.errors import StageError
@@ -37,14 +38,56 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     job.params: backend, floor {min_snr_db, min_cosine}, and the component's own. When the floor is
     missed, worst.npz keeps the worst sample, and with `inputs["checkpoint"]` and `inputs["onnx"]`
     the first layer that diverges is looked for.
+
+    own_floor, given where the component was pruned, is what the engine must reach against the pruned
+    torch module itself, before it is compared with the source's: only then is what is left the cost of
+    pruning, and not of compiling, which the floor of pruned components would let pass.
     """
     backend = BACKENDS[job.params["backend"]]
     floor = metrics.Floor(**job.params["floor"])
     samples = Samples(inputs["samples"], job.component)
+    own: dict[str, Any] | None = None
+    if job.params.get("own_floor"):
+        own_floor = metrics.Floor(**job.params["own_floor"])
+        mine = _answered(inputs, job)
+        own = {**judge(backend, inputs["engine"], mine, own_floor, keep=out, say=job.say), "against": "checkpoint"}
+        if not own["passed"]:
+            own["divergence"] = _divergence(backend, inputs, mine, own, own_floor, out, job.say)
+            write(out, own)
+            return
     report = judge(backend, inputs["engine"], samples, floor, keep=out, say=job.say)
-    if not report["passed"]:
+    if own is not None:
+        report["own"] = {"floor": own["floor"], "worst": own["worst"]}
+    elif not report["passed"]:
         report["divergence"] = _divergence(backend, inputs, samples, report, floor, out, job.say)
     write(out, report)
+
+
+class _Answered(Samples):
+    """Recorded feeds with other answers than the reference's."""
+
+    def __init__(self, folder: Path, component: str, answers: Mapping[str, Arrays]) -> None:
+        super().__init__(folder, component)
+        self._answers = answers
+
+    def __getitem__(self, name: str) -> Sample:
+        return replace(super().__getitem__(name), outputs=self._answers[name])
+
+
+def _answered(inputs: Mapping[str, Path], job: Job) -> _Answered:
+    """The recorded feeds, and what the torch module in `inputs["checkpoint"]` answers to them."""
+    import torch
+
+    assert job.spec is not None
+    samples = Samples(inputs["samples"], job.component)
+    module = checkpoint.load(job.params["family"], job.component, inputs["checkpoint"], job.params)
+    answers = {}
+    with torch.inference_mode():
+        for name in samples.rows:
+            job.say(f"the pruned torch module, sample {name}", None)
+            output = module(*(torch.tensor(samples[name].feeds[t.name]) for t in job.spec.inputs))
+            answers[name] = {job.spec.outputs[0].name: output.numpy()}
+    return _Answered(inputs["samples"], job.component, answers)
 
 
 def recheck(bundle: Path, manifest: Manifest, samples: Path) -> dict[str, dict[str, Any]]:
@@ -92,6 +135,7 @@ def judge(
         engine.close()
     return {
         "component": card.component,
+        "against": "reference",
         "backend": backend.name,
         "precision": card.precision,
         "passed": all(row["passed"] for row in rows),

@@ -82,7 +82,7 @@ def test_a_unit_that_another_repeats_goes_first_and_costs_nothing():
     x[:, layer.columns[4]] = 2 * x[:, layer.columns[1]]
     moments = Moments(x.shape[1])
     moments.add(x)
-    removal = compensation.by_reconstruction(layer, moments, 1e-9)
+    removal = compensation.removal(layer, moments, 1e-9)
     assert removal.order[0] in (1, 4)
     assert removal.error[0] == 0.0
     assert removal.error[1] < 1e-6
@@ -93,20 +93,31 @@ def test_a_unit_that_another_repeats_goes_first_and_costs_nothing():
 
 def test_the_greedy_order_beats_the_reverse():
     layer, moments, _ = made()
-    order = compensation.by_reconstruction(layer, moments, 1e-6)
+    order = compensation.removal(layer, moments, 1e-6)
     scores = torch.zeros(6).double()
     for rank, unit in enumerate(order.order):
         scores[unit] = -rank
     last = next(unit for unit in range(6) if unit not in order.order)
     scores[last] = -9
-    reverse = compensation.in_order(layer, moments, scores, 1e-6)
+    reverse = compensation.removal(layer, moments, 1e-6, scores)
     assert order.error[1] < reverse.error[1]
     assert order.error[3] < reverse.error[3]
 
 
+@pytest.mark.parametrize("ridge", [None, 1e-9])
+def test_the_errors_are_those_of_the_weights_that_come_out(ridge):
+    layer, moments, _ = made()
+    scores = torch.tensor([3.0, 0.0, 5.0, 1.0, 4.0, 2.0])
+    removal = compensation.removal(layer, moments, ridge, scores)
+    assert removal.order == (1, 3, 5, 0, 4)
+    for count, error in enumerate(removal.error):
+        weight, bias = compensation.solved(layer, moments, removal.kept(count, 6), ridge)
+        assert compensation.relative_error(layer, moments, weight, bias) == pytest.approx(error, rel=1e-4, abs=1e-12)
+
+
 def test_wide_layers_lose_several_units_at_once():
     layer, moments, _ = made(units=200, width=1, rows=1000)
-    removal = compensation.by_reconstruction(layer, moments, 1e-3)
+    removal = compensation.removal(layer, moments, 1e-3)
     assert sorted(removal.order) == sorted(set(range(200)) - {removal.kept(199, 200)[0]})
     assert len(removal.error) == 200
     assert removal.error[100] < removal.error[199]

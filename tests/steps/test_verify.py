@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,11 @@ def verified(tmp_path, recorded, monkeypatch):
     engine_folder.mkdir()
     write_card(engine_folder, card_from_job("fake", Job("unet", {"family": "sd"}, "fp16", SPEC, SHAPES)))
 
-    def verified(answer: Callable[[Mapping[str, np.ndarray]], Arrays], floor: metrics.Floor = metrics.FLOORS["fp16"]):
+    def verified(
+        answer: Callable[[Mapping[str, np.ndarray]], Arrays],
+        floor: metrics.Floor = metrics.FLOORS["fp16"],
+        pruned: Callable[[Mapping[str, np.ndarray]], Arrays] | None = None,
+    ):
         opened: list[Fake] = []
 
         def open_fake(folder: Path, host: Host) -> Fake:
@@ -93,12 +97,26 @@ def verified(tmp_path, recorded, monkeypatch):
         out = tmp_path / "report"
         out.mkdir()
         params = {"backend": "fake", "floor": {"min_snr_db": floor.min_snr_db, "min_cosine": floor.min_cosine}}
-        verify.run({"engine": engine_folder, "samples": recorded}, out, Job("unet", params, "fp16", SPEC, SHAPES))
+        if pruned:
+            params |= {"family": "sd", "own_floor": asdict(metrics.FLOORS["fp16"])}
+            monkeypatch.setattr(verify.checkpoint, "load", lambda *_: module_of(pruned))
+        inputs = {"engine": engine_folder, "samples": recorded, "checkpoint": tmp_path}
+        verify.run(inputs, out, Job("unet", params, "fp16", SPEC, SHAPES))
         assert all(engine.closed for engine in opened)
-        assert len(opened) == 1
+        assert opened
         return json.loads((out / "report.json").read_text()), out
 
     return verified
+
+
+def module_of(answer: Callable[[Mapping[str, np.ndarray]], Arrays]):
+    """`answer` as the torch module of a checkpoint."""
+    import torch
+
+    def module(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(answer({"sample": sample.numpy(), "timestep": timestep.numpy()})["out_sample"])
+
+    return module
 
 
 def off_by(relative: float, where: Callable[[Mapping[str, np.ndarray]], bool] = lambda feeds: True):
@@ -244,3 +262,31 @@ def test_reports_that_passed_have_no_failures(verified):
     summary, junit = reports.reports({"unet": engine, "pipeline": image_report(40.0)})
     assert summary["passed"] is True
     assert "<failure" not in junit
+
+
+def half(feeds: Mapping[str, np.ndarray]) -> Arrays:
+    """What is left of the truth when half of it was pruned away."""
+    return {"out_sample": truth(feeds)["out_sample"] / 2}
+
+
+def test_a_pruned_engine_must_first_compute_what_it_was_made_of(verified):
+    report, _ = verified(half, metrics.PRUNED, pruned=half)
+    assert report["passed"]
+    assert report["own"]["worst"]["snr_db"] == 200
+    assert report["worst"]["snr_db"] == pytest.approx(6.02, abs=0.01)
+
+
+def test_a_fault_of_compiling_does_not_hide_behind_the_floor_of_pruning(verified):
+    """The sibling: nearer to the source than the pruned module is, and still not what was built."""
+    report, out = verified(off_by(4e-3), metrics.PRUNED, pruned=half)
+    assert not report["passed"]
+    assert report["against"] == "checkpoint"
+    assert "does not agree with the pruned torch module it was made of" in reports.fault(report, out).message
+
+
+def test_the_cost_of_pruning_is_told_from_faults_of_compiling(verified):
+    report, out = verified(half, metrics.Floor(20, 0), pruned=half)
+    assert not report["passed"]
+    fault = reports.fault(report, out)
+    assert "does not agree with its fp32 reference: SNR 6.0 dB (floor 20)" in fault.message
+    assert "computes what it was made of (200.0 dB): this is what pruning cost" in fault.hint
