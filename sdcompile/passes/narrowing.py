@@ -32,7 +32,7 @@ Run = Callable[..., "Tensor"]
 RIDGE = 1e-3
 """Share of the inputs' mean square: enough that a few thousand rows never make a wild solution."""
 
-PROBES = 8
+PROBES = 4
 """Calls that each site's sensitivity is measured on."""
 
 

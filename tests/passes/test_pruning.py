@@ -21,7 +21,7 @@ pytestmark = pytest.mark.tiny
 
 FAMILY = FAMILIES["sd"]
 UNET = {
-    "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 2, "cross_attention_dim": 24,
+    "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 24,
     "attention_head_dim": 4, "norm_num_groups": 8, "in_channels": 4, "out_channels": 4,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -120,8 +120,8 @@ def test_a_ratio_of_zero_is_the_identity(source, samples, tmp_path, name):
 def test_heads_leave_for_good(source, samples, tmp_path, uniform):
     effect = run("heads", source, tmp_path / "out", samples, ratio=0.25, uniform=uniform)
     removed = [row["removed"] for row in effect["layers"]]
-    assert len(removed) == 12
-    assert sum(removed) == 12 if uniform else sum(removed) > 0
+    assert len(removed) == 8
+    assert sum(removed) == 8 if uniform else sum(removed) > 0
     assert all(count == 1 for count in removed) or not uniform
     model = opened(tmp_path / "out")
     heads = [m.heads for m in model.modules() if hasattr(m, "to_q")]
@@ -153,13 +153,19 @@ def test_the_budget_is_spent_where_it_costs_least(source, samples, tmp_path):
 
 
 @pytest.mark.parametrize("importance", ["reconstruction", "taylor", "l1", "l2"])
-def test_every_importance_chooses_and_repeats_itself(source, samples, tmp_path, importance):
+def test_every_importance_chooses_heads(source, samples, tmp_path, importance):
+    options = {"ratio": 0.25, "uniform": True, "importance": importance, "layers": ["mid_block*"]}
+    effect = run("heads", source, tmp_path / "out", samples, **options)
+    assert [row["removed"] for row in effect["layers"]] == [1, 1]
+    assert all(row["relative_error"] < 0.5 for row in effect["layers"])
+
+
+def test_the_same_inputs_give_the_same_bytes(source, samples, tmp_path):
     for name in ("a", "b"):
-        options = {"ratio": 0.25, "uniform": True, "importance": importance, "layers": ["mid_block*"]}
-        run("heads", source, tmp_path / name, samples, **options)
-    first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
-    assert all(np.array_equal(first[key], second[key]) for key in first)
-    assert (tmp_path / "a" / edits.FILE).read_bytes() == (tmp_path / "b" / edits.FILE).read_bytes()
+        run("heads", source, tmp_path / name, samples, ratio=0.25)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["config.json", "diffusion_pytorch_model.safetensors", "edits.json", "effect.json"]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
 
 
 def test_of_two_like_heads_merging_keeps_one(source, samples, tmp_path):
@@ -307,27 +313,26 @@ def test_the_work_is_counted_with_attention(source, samples, tmp_path):
 
 def test_blocks_are_chosen_by_what_the_output_misses(source, samples, tmp_path):
     import torch
-    from diffusers import UNet2DConditionModel
 
     effect = run("blocks", source, tmp_path / "out", samples, count=2)
     assert [row["relative_error"] > 0 for row in effect["blocks"]] == [True, True]
     assert effect["macs"][1] < effect["macs"][0]
-    assert effect["diffusers"] == "an ordinary diffusers folder"
-    plain = UNet2DConditionModel.from_pretrained(tmp_path / "out")
-    assert sum(p.numel() for p in plain.parameters()) == effect["parameters"][1]
+    assert effect["parameters"][1] < effect["parameters"][0]
     assert torch.isfinite(answer(tmp_path / "out")).all()
 
 
 def test_named_blocks_are_removed_and_others_refused(source, samples, tmp_path):
-    effect = run("blocks", source, tmp_path / "a", samples, remove=["mid_block", "down_blocks.0.1+up_blocks.1.1"])
-    assert [row["block"] for row in effect["blocks"]] == ["mid_block", "down_blocks.0.1+up_blocks.1.1"]
+    effect = run("blocks", source, tmp_path / "a", samples, remove=["mid_block"])
+    assert effect["diffusers"] == "an ordinary diffusers folder"
     assert json.loads((tmp_path / "a" / "config.json").read_text())["mid_block_type"] is None
+    effect = run("blocks", tmp_path / "a", tmp_path / "b", samples, remove=["down_blocks.0.0+up_blocks.1.1"])
+    assert effect["diffusers"] == "a block without layers has no place in layers_per_block"
     with pytest.raises(RecipeError, match=r"'down_blocks.9.1' is no block that can be removed"):
-        run("blocks", source, tmp_path / "b", samples, remove=["down_blocks.9.1"])
+        run("blocks", source, tmp_path / "c", samples, remove=["down_blocks.9.1"])
     with pytest.raises(RecipeError, match="'mid_block' is no block"):
-        run("blocks", tmp_path / "a", tmp_path / "c", samples, remove=["mid_block"])
+        run("blocks", tmp_path / "a", tmp_path / "d", samples, remove=["mid_block"])
     with pytest.raises(StageError, match="blocks can be removed, not 60"):
-        run("blocks", source, tmp_path / "d", samples, count=60)
+        run("blocks", source, tmp_path / "e", samples, count=60)
 
 
 # --- recovery ---
