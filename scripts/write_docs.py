@@ -67,6 +67,11 @@ def text(description: str | None) -> str:
     return first + (f"\n\n```\n{rest}\n```" if rest else "")
 
 
+_WORDS = {
+    "string": "text", "object": "mapping", "integer": "whole number", "number": "number", "boolean": "true or false",
+}  # fmt: skip
+
+
 def kind(field: dict[str, Any]) -> str:
     if "$ref" in field:
         return field["$ref"].rsplit("/", 1)[-1].removesuffix("Recipe").lower()
@@ -82,9 +87,7 @@ def kind(field: dict[str, Any]) -> str:
         return f"list{size}: {kind(items)}" if items else "list"
     if "additionalProperties" in field and isinstance(field["additionalProperties"], dict):
         return f"mapping: {kind(field['additionalProperties'])}"
-    return {"string": "text", "object": "mapping", "integer": "whole number", "number": "number"}.get(
-        field.get("type", ""), ""
-    )
+    return _WORDS.get(field.get("type", ""), "")
 
 
 def shown(default: Any) -> str:

@@ -14,7 +14,9 @@ from sdcompile.passes.base import Pass
 
 __all__ = ["PASSES", "Pass", "quantization"]
 
-PASSES: dict[str, Pass] = {p.name: p for p in (blocks.PASS, heads.PASS, channels.PASS, recover.PASS, heads.PASS, channels.PASS, nncf_int8.PASS, cast_fp16.PASS)}
+PASSES: dict[str, Pass] = {
+    p.name: p for p in (blocks.PASS, heads.PASS, channels.PASS, recover.PASS, nncf_int8.PASS, cast_fp16.PASS)
+}
 
 
 def quantization(names: Iterable[str]) -> Pass | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sdcompile import metrics
 from sdcompile.errors import RecipeError, StageError
 from sdcompile.passes import pruning
 from sdcompile.passes.base import Pass, always
@@ -99,6 +100,8 @@ def distil(
     optimiser = torch.optim.AdamW(trained.values(), lr=params.learning_rate, weight_decay=0.0)
     exams = [{"step": 0, "snr_db": _exam(student.module, validation)}]
     first = top = exams[0]["snr_db"]
+    if first == metrics.IDENTICAL_DB:
+        return exams  # nothing was lost
     start, since = time.monotonic(), 0
     for step in range(1, params.steps + 1):
         for group in optimiser.param_groups:
@@ -240,7 +243,7 @@ def _exam(module: nn.Module, pairs: Sequence[tuple[Call, Tensor]]) -> float:
         for call, answers in pairs:
             signal += float(answers.double().square().sum())
             noise += float((module(*call) - answers).double().square().sum())
-    return round(min(10 * math.log10(signal / noise), 200.0), 3) if noise else 200.0
+    return round(min(10 * math.log10(signal / noise), metrics.IDENTICAL_DB), 3) if noise else metrics.IDENTICAL_DB
 
 
 @contextmanager

@@ -362,6 +362,13 @@ def test_recovery_that_brings_nothing_keeps_the_weights(source, samples, tmp_pat
     assert [row["step"] for row in found["steps"]] == [0, 2, 4], "stopped by patience"
 
 
+def test_where_nothing_was_lost_nothing_is_trained(source, samples, tmp_path):
+    found = run("recover", source, tmp_path / "out", samples, teacher=source)
+    assert found["steps"] == [{"step": 0, "snr_db": 200.0}]
+    before, after = tensors(source), tensors(tmp_path / "out")
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
 def test_recovery_can_train_some_weights_only(source, samples, tmp_path):
     run("heads", source, tmp_path / "pruned", samples, ratio=0.5, uniform=True, compensate=False)
     run("recover", tmp_path / "pruned", tmp_path / "a", samples, teacher=source, steps=10, rows=8, layers=["*to_out*"])
