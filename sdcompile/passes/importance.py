@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Importance = Literal["reconstruction", "taylor", "l1", "l2"]
 
+_POSITIONS = 4096
+
 
 def norm(model: nn.Module, site: Site, power: float) -> Tensor:
     """Sum of |weight|^power over what writes and reads each unit."""
@@ -79,7 +81,7 @@ def taylor(
     signs = torch.Generator().manual_seed(0)
     scores = {site.module: torch.zeros(site.units, dtype=torch.float64) for site in places}
     units = {site.module: site.units for site in places}
-    for call in calls:
+    for call in (part for whole in calls for part in _split(whole)):
         kept: dict[str, Tensor] = {}
         handles = [
             model.get_submodule(site.reader).register_forward_pre_hook(_keeper(kept, site.module)) for site in places
@@ -99,6 +101,12 @@ def taylor(
             rows = product.movedim(axis, -1).flatten(1, -2).sum(1)  # (rows, inputs)
             scores[name] += rows.view(len(rows), units[name], -1).sum(2).square().sum(0)
     return scores
+
+
+def _split(call: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The call in parts whose activations, which gradients keep all at once, fit where one row of SD 1.5 does."""
+    rows = max(1, _POSITIONS // call[0][0, 0].numel())
+    return list(zip(*(column.split(rows) for column in call), strict=True))
 
 
 def _keeper(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
