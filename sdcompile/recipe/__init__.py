@@ -8,6 +8,7 @@ whether a combination can be built is the plan's to say. YAML is known only here
 
 from __future__ import annotations
 
+from sdcompile.recipe.documents import load_document
 from sdcompile.recipe.fields import Source
 from sdcompile.recipe.model import (
     ComponentRecipe,
@@ -38,6 +39,7 @@ __all__ = [
     "dump",
     "known_names",
     "load",
+    "load_document",
     "schema",
     "starter",
 ]

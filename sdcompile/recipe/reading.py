@@ -46,7 +46,7 @@ def load(path: str | Path, sets: Iterable[str] = (), known: Known | None = None)
     Raises RecipeError whose message has one `file:line: field: fault` line per fault.
     """
     path = Path(path)
-    reading = _Reading(str(path), _text_of(path), known or known_names())
+    reading = _Reading(str(path), text_of(path), known or known_names())
     for assignment in sets:
         reading.lay_over(assignment)
     recipe = reading.recipe()
@@ -55,7 +55,8 @@ def load(path: str | Path, sets: Iterable[str] = (), known: Known | None = None)
     return recipe
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a YAML file. Raises RecipeError when it cannot be read, is too large or is not UTF-8."""
     try:
         if path.is_dir():
             raise RecipeError(f"{path} is a folder; a recipe is a YAML file", f"name the file: {path / 'recipe.yaml'}")
@@ -197,10 +198,10 @@ class _Reading:
                 if item["type"] == "too_short" and item["input"]:
                     # pydantic counts only sound entries; the faulty ones are told of anyway.
                     continue
-                place = _place_of(item["loc"], self.data)
+                place = place_of(item["loc"], self.data)
                 faulty.add(place)
                 if not self._is_unknown_name(place):
-                    self.add_at(place, _words(item, place))
+                    self.add_at(place, words(item, place))
         partial = result or Recipe.model_validate({**_PLACEHOLDERS, **_sound(self.data, faulty)}, context=Known())
         for fault in cross_faults(partial):
             if not any(_same_branch(place, behind) for behind in fault.behind for place in faulty):
@@ -264,7 +265,7 @@ class _Reading:
         except ValidationError as error:
             for item in error.errors(include_url=False):
                 where = (*place, *item["loc"])
-                yield where, _words(item, where, model)
+                yield where, words(item, where, model)
 
 
 def _sound(data: dict[str, Any], faulty: set[Place]) -> dict[str, Any]:
@@ -282,7 +283,7 @@ def _same_branch(a: Place, b: Place) -> bool:
     return a[: len(b)] == b[: len(a)]
 
 
-def _place_of(loc: tuple[Any, ...], data: Any) -> Place:
+def place_of(loc: tuple[Any, ...], data: Any) -> Place:
     """pydantic's location without the parts it makes up (union branches, validator names)."""
     place: list[str | int] = []
     here = data
@@ -296,7 +297,7 @@ def _place_of(loc: tuple[Any, ...], data: Any) -> Place:
     return tuple(place)
 
 
-def _words(item: Any, place: Place, options: type[BaseModel] | None = None) -> str:
+def words(item: Any, place: Place, options: type[BaseModel] | None = None) -> str:
     """One pydantic error in our words."""
     kind, value, key = item["type"], item.get("input"), str(place[-1]) if place else ""
     if kind == "missing":
