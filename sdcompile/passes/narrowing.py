@@ -1,0 +1,371 @@
+"""Making a model narrower: how many units each site loses, which ones, and what makes up for them.
+
+What `heads` and `channels` share. One pass over the recorded inputs gives every site's moments, and
+from those the whole curve of what it loses with each unit; one more, short, run per site gives how
+much of that the model's output feels. A greedy allocation then spends the budget where a unit's
+cost in work buys the least error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from sdcompile import edits
+from sdcompile.errors import StageError
+from sdcompile.passes import compensation, sites
+from sdcompile.passes.compensation import Layer, Moments, Removal
+from sdcompile.passes.sites import Site
+from sdcompile.spec import Say, say_nothing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Calls = Sequence[tuple["Tensor", ...]]
+"""Recorded inputs of the module, one tuple of tensors per call."""
+
+Run = Callable[..., "Tensor"]
+"""The model as a function of one recorded call's tensors."""
+
+Importance = Literal["reconstruction", "taylor", "l1", "l2"]
+
+RIDGE = 1e-3
+"""Share of the inputs' mean square: enough that a few thousand rows never make a wild solution."""
+
+PROBES = 8
+"""Calls that each site's sensitivity is measured on."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to remove.
+
+    ratio       share of the sites' work (multiply-accumulates of the recorded calls) to remove, [0, 1)
+    uniform     the same share of every site's units; else by sensitivity, under the one budget
+    importance  which units of a site go first
+    merge       keep one unit of every cluster of similar ones, whatever `importance` says
+    compensate  least-squares update of the reader
+    round_to    what stays of a site is a multiple of this many inputs (heads excepted)
+    most        no site loses a larger share of its units
+    """
+
+    ratio: float
+    uniform: bool = False
+    importance: Importance = "reconstruction"
+    merge: bool = False
+    compensate: bool = True
+    round_to: int = 1
+    most: float = 0.75
+    ridge: float = RIDGE
+
+
+@dataclass
+class Study:
+    """What is known of one site: its matrix and moments, its removal curve, its work, its sensitivity.
+
+    cost          multiply-accumulates of one unit over the recorded calls
+    sensitivity   relative squared error of the model's output per relative squared error of the reader's
+    """
+
+    site: Site
+    layer: Layer
+    moments: Moments
+    positions: dict[str, int] = field(default_factory=dict)
+    removal: Removal | None = None
+    cost: float = 0.0
+    sensitivity: float = 1.0
+
+
+def narrow(
+    run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, request: Request, say: Say = say_nothing
+) -> list[dict[str, Any]]:
+    """Prune `model` in place; returns a row per site: its edit (None = left whole) and what it cost.
+
+    `run` calls the model; `calls` are recorded inputs of it. A ratio of 0 changes nothing. Raises StageError when the
+    ratio cannot be reached with legal counts, or the recorded inputs are not finite.
+    """
+    if request.ratio <= 0.0:
+        return [_row(Study(site, None, None), 0) for site in places]  # type: ignore[arg-type]
+    studies = observe(run, model, places, calls, say)
+    scores = _scores(run, model, studies, calls, request, say)
+    for number, study in enumerate(studies):
+        say(f"which units of {study.site.module} to remove", 0.3 + 0.4 * number / len(studies))
+        study.removal = _removal(study, scores, request)
+    counts = _uniform(studies, request) if request.uniform else _budgeted(run, model, studies, calls, request, say)
+    if not any(counts.values()):
+        raise StageError(
+            f"nothing can be removed at a ratio of {request.ratio:g}: the smallest legal step of every layer is larger",
+            "ask for a larger ratio, or a smaller `round_to`",
+        )
+    rows = []
+    for study in studies:
+        count = counts[study.site.module]
+        rows.append(_row(study, count))
+        if count:
+            keep = study.removal.kept(count, study.layer.units)  # type: ignore[union-attr]
+            weight, bias = compensation.solved(study.layer, study.moments, keep, _ridge(request))
+            sites.assign(model, study.site, weight, bias)
+            edits.replay(model, [study.site.edit(keep)])
+            rows[-1]["edit"] = study.site.edit(keep)
+    return rows
+
+
+def observe(
+    run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, say: Say = say_nothing
+) -> list[Study]:
+    """Every site's moments over `calls`, and how many positions its layers work on."""
+    import torch
+
+    studies = []
+    handles = []
+    for site in places:
+        layer = sites.layer_of(model, site)
+        study = Study(site, layer, Moments(layer.weight.shape[1]))
+        studies.append(study)
+        reader = model.get_submodule(site.reader)
+        handles.append(reader.register_forward_pre_hook(_adder(study)))
+        for name in (site.reader, *site.writers):
+            handles.append(model.get_submodule(name).register_forward_hook(_counter(study, name)))
+    try:
+        with torch.no_grad():
+            for number, call in enumerate(calls):
+                say(f"recorded call {number + 1} of {len(calls)}", 0.3 * number / len(calls))
+                run(*call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for study in studies:
+        study.cost = sum(
+            model.get_submodule(name).weight.numel() * count / study.layer.units  # type: ignore[operator,union-attr]
+            for name, count in study.positions.items()
+        )
+    return studies
+
+
+def _adder(study: Study) -> Callable[..., None]:
+    def add(reader: Any, arguments: tuple[Tensor, ...]) -> None:
+        study.moments.add(sites.rows_of(reader, arguments[0]))
+
+    return add
+
+
+def _counter(study: Study, name: str) -> Callable[..., None]:
+    def count(layer: Any, arguments: Any, output: Tensor) -> None:
+        channels = layer.weight.shape[0]
+        study.positions[name] = study.positions.get(name, 0) + output.numel() // channels
+
+    return count
+
+
+# --- which units ---
+
+
+def _removal(study: Study, scores: Mapping[str, Tensor], request: Request) -> Removal:
+    layer, moments, ridge = study.layer, study.moments, _ridge(request)
+    if request.merge:
+        return compensation.in_order(layer, moments, _redundancy(layer, moments), ridge)
+    if request.importance == "reconstruction" and request.compensate:
+        return compensation.by_reconstruction(layer, moments, request.ridge)
+    return compensation.in_order(layer, moments, scores[study.site.module], ridge)
+
+
+def _ridge(request: Request) -> float | None:
+    return request.ridge if request.compensate else None
+
+
+def _scores(
+    run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, request: Request, say: Say
+) -> dict[str, Tensor]:
+    """Per site the importance of each unit, (units,)."""
+    if request.merge or (request.importance == "reconstruction" and request.compensate):
+        return {}
+    if request.importance == "reconstruction":
+        return {s.site.module: _own_output(s.layer, s.moments) for s in studies}
+    if request.importance == "taylor":
+        return _taylor(run, model, studies, calls, say)
+    power = {"l1": 1.0, "l2": 2.0}[request.importance]
+    return {s.site.module: _norm(model, s.site, power) for s in studies}
+
+
+def _norm(model: nn.Module, site: Site, power: float) -> Tensor:
+    """Sum of |weight|^power over what writes and reads each unit."""
+    import torch
+
+    scores = torch.zeros(site.units, dtype=torch.float64)
+    for name in site.writers:
+        weight: Any = model.get_submodule(name).weight
+        # (halves, units, width, the rest): gated layers and scale-and-shift have two rows per unit
+        rows = weight.detach().double().abs().pow(power).flatten(1).sum(1)
+        scores += rows.view(-1, site.units, site.width).sum((0, 2))
+    weight = model.get_submodule(site.reader).weight
+    columns = weight.detach().double().abs().pow(power).transpose(0, 1).flatten(1).sum(1)
+    return scores + columns.view(site.units, site.width).sum(1)
+
+
+def _own_output(layer: Layer, moments: Moments) -> Tensor:
+    """What each unit alone adds to the output, squared and summed over the recorded rows."""
+    blocks = moments.matrix[layer.columns[:, :, None], layer.columns[:, None, :]]
+    mine = layer.weight[:, layer.columns].permute(1, 0, 2)  # (units, outputs, columns)
+    return ((mine @ blocks) * mine).sum((1, 2))
+
+
+def _redundancy(layer: Layer, moments: Moments) -> Tensor:
+    """Scores by clustering: units whose output another one repeats come first.
+
+    Similarity is the cosine of two units' contributions to the output over the recorded rows. The two
+    most similar clusters are joined again and again (average linkage), and of each joined pair the
+    unit with the smaller contribution goes; the survivor takes over its part by least squares.
+    """
+    import torch
+
+    mine = layer.weight[:, layer.columns].permute(1, 0, 2)
+    blocks = moments.matrix[layer.columns[:, None, :, None], layer.columns[None, :, None, :]]
+    products = torch.einsum("uoa,uvab,vob->uv", mine, blocks, mine)
+    power = products.diagonal().clamp(min=1e-300)
+    similar = products / (power[:, None] * power).sqrt()
+    members = {unit: [unit] for unit in range(layer.units)}
+    scores = torch.full((layer.units,), float(layer.units), dtype=torch.float64)
+    for turn in range(layer.units - 1):
+        pairs = [(a, b) for a in members for b in members if a < b]
+        near = max(pairs, key=lambda p: float(similar[members[p[0]]][:, members[p[1]]].mean()))
+        loser, winner = sorted(near, key=lambda unit: float(power[unit]))
+        scores[loser] = float(turn)
+        members[winner] += members.pop(loser)
+    return scores
+
+
+def _taylor(
+    run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, say: Say
+) -> dict[str, Tensor]:
+    """First-order change of the model's output when a unit goes: E (sum of x dL/dx)^2 over the calls.
+
+    L is the output's product with random signs, so the expectation is the squared length of the
+    Jacobian times the unit's activation (Hutchinson 1990); no target is needed. Gradient times
+    activation as in Molchanov et al. 2019, arXiv:1906.10771.
+    """
+    import torch
+
+    signs = torch.Generator().manual_seed(0)
+    scores = {s.site.module: torch.zeros(s.site.units, dtype=torch.float64) for s in studies}
+    for number, call in enumerate(calls):
+        say(f"gradients of call {number + 1} of {len(calls)}", 0.3)
+        kept: dict[str, Tensor] = {}
+        handles = [
+            model.get_submodule(s.site.reader).register_forward_pre_hook(_keeper(kept, s.site.module)) for s in studies
+        ]
+        try:
+            with torch.enable_grad():
+                output = run(call[0].clone().requires_grad_(), *call[1:])
+        finally:
+            for handle in handles:
+                handle.remove()
+        ones = torch.randint(0, 2, output.shape, generator=signs).to(output.dtype) * 2 - 1
+        names = list(kept)
+        gradients = torch.autograd.grad((output * ones).sum(), [kept[name] for name in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            product = (kept[name].detach() * gradient).double()
+            units = next(s.site.units for s in studies if s.site.module == name)
+            axis = 1 if product.ndim == 4 else -1
+            rows = product.movedim(axis, -1).flatten(1, -2).sum(1)  # (rows, inputs)
+            scores[name] += rows.view(len(rows), units, -1).sum(2).square().sum(0)
+    return scores
+
+
+def _keeper(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def keep(reader: Any, arguments: tuple[Tensor, ...]) -> None:
+        kept[name] = arguments[0]
+
+    return keep
+
+
+# --- how many ---
+
+
+def _legal(study: Study, request: Request) -> list[int]:
+    most = int(request.most * study.site.units)
+    return [count for count in study.site.counts(request.round_to) if count <= most]
+
+
+def _uniform(studies: Sequence[Study], request: Request) -> dict[str, int]:
+    """The legal count nearest to the ratio, site by site; of two, the smaller."""
+    return {
+        s.site.module: min(_legal(s, request), key=lambda count: (abs(count - request.ratio * s.site.units), count))
+        for s in studies
+    }
+
+
+def _budgeted(
+    run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, request: Request, say: Say
+) -> dict[str, int]:
+    """Counts per site that remove `ratio` of the work for the least total error, as far as is known.
+
+    Errors of different sites are taken to add up. Of all sites' next steps the one of least error per
+    work is taken, until none fits the budget; a step may jump over counts that would only cost more.
+    """
+    measure_sensitivity(run, model, studies, calls, request, say)
+    budget = request.ratio * sum(study.cost * study.site.units for study in studies)
+    counts = {study.site.module: 0 for study in studies}
+    spent = 0.0
+    while True:
+        steps = []
+        for study in studies:
+            assert study.removal is not None
+            now, error = counts[study.site.module], study.removal.error
+            for count in _legal(study, request):
+                work = (count - now) * study.cost
+                if count > now and spent + work <= budget * (1 + 1e-9):
+                    slope = study.sensitivity * (error[count] - error[now]) / work
+                    steps.append((slope, study.site.module, count, work))
+        if not steps:
+            return counts
+        _, name, count, work = min(steps)
+        counts[name], spent = count, spent + work
+
+
+def measure_sensitivity(
+    run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, request: Request, say: Say = say_nothing
+) -> None:
+    """Set every study's `sensitivity`: prune it alone to about the ratio, and see what the output feels."""
+    probes = calls[:: max(1, len(calls) // PROBES)][:PROBES]
+    wanted = _outputs(run, probes)
+    power = sum(float(output.double().square().sum()) for output in wanted)
+    for number, study in enumerate(studies):
+        say(f"sensitivity of {study.site.module}", 0.7 + 0.3 * number / len(studies))
+        assert study.removal is not None
+        count = min(len(study.removal.order), max(1, round(request.ratio * study.site.units)))
+        keep = study.removal.kept(count, study.layer.units)
+        with _replaced(model, study, *compensation.solved(study.layer, study.moments, keep, _ridge(request))):
+            got = _outputs(run, probes)
+        change = sum(float((a - b).double().square().sum()) for a, b in zip(wanted, got, strict=True))
+        own = study.removal.error[count]
+        study.sensitivity = change / power / own if own > 1e-12 else 1.0
+
+
+def _outputs(run: Run, calls: Calls) -> list[Tensor]:
+    import torch
+
+    with torch.no_grad():
+        return [run(*call) for call in calls]
+
+
+@contextmanager
+def _replaced(model: nn.Module, study: Study, weight: Tensor, bias: Tensor) -> Iterator[None]:
+    """The reader with another matrix. Zero columns compute what a smaller layer would: what stays is unchanged."""
+    reader: Any = model.get_submodule(study.site.reader)
+    old = reader.weight, reader.bias
+    sites.assign(model, study.site, weight, bias)
+    try:
+        yield
+    finally:
+        reader.weight, reader.bias = old
+
+
+def _row(study: Study, count: int) -> dict[str, Any]:
+    site = study.site
+    error = study.removal.error[count] if study.removal is not None else 0.0
+    return {
+        "module": site.module, "op": site.op, "units": site.units, "removed": count,
+        "relative_error": error, "sensitivity": study.sensitivity, "edit": None,
+    }  # fmt: skip
