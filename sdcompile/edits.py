@@ -137,7 +137,7 @@ def _remove_pair(model: nn.Module, edit: Edit) -> None:
         raise StageError(f"the edit {_short(edit)} cannot be made: {fault}", "choose another pair to remove")
 
 
-def _remove_mid_block(model: nn.Module, edit: Edit) -> None:
+def _remove_mid_block(model: Any, edit: Edit) -> None:
     """The whole block between the down and the up blocks, which leaves its input's channels as they are."""
     if getattr(model, "mid_block", None) is None:
         raise StageError("the edit remove_mid_block does not fit: this model has no mid block", _HINT)

@@ -98,7 +98,9 @@ def _model(kind: Any, folder: Path) -> Any:
     with torch.device("meta"):
         model = kind.from_config(kind.load_config(folder, local_files_only=True))
     edits.replay(model, made)
-    weights = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    weights = {
+        name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }
     model.load_state_dict(weights, assign=True)
     return model
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sdcompile import edits
 from sdcompile.errors import StageError
@@ -78,16 +78,32 @@ class Study:
     sensitivity: float = 1.0
 
 
+@dataclass(frozen=True)
+class Row:
+    """What became of one site.
+
+    error         relative squared error of the reader's output on the recorded inputs
+    sensitivity   see `Study`
+    edit          None where nothing was removed
+    """
+
+    site: Site
+    removed: int
+    error: float = 0.0
+    sensitivity: float = 1.0
+    edit: dict[str, Any] | None = None
+
+
 def narrow(
     run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, request: Request, say: Say = say_nothing
-) -> list[dict[str, Any]]:
-    """Prune `model` in place; returns a row per site: its edit (None = left whole) and what it cost.
+) -> list[Row]:
+    """Prune `model` in place; returns what became of every site.
 
     `run` calls the model; `calls` are recorded inputs of it. A ratio of 0 changes nothing. Raises StageError when the
     ratio cannot be reached with legal counts, or the recorded inputs are not finite.
     """
     if request.ratio <= 0.0:
-        return [_row(Study(site, None, None), 0) for site in places]  # type: ignore[arg-type]
+        return [Row(site, 0) for site in places]
     studies = observe(run, model, places, calls, say)
     scores = _scores(run, model, studies, calls, request, say)
     for number, study in enumerate(studies):
@@ -102,19 +118,33 @@ def narrow(
     rows = []
     for study in studies:
         count = counts[study.site.module]
-        rows.append(_row(study, count))
-        if count:
-            keep = study.removal.kept(count, study.layer.units)  # type: ignore[union-attr]
+        assert study.removal is not None
+        keep = study.removal.kept(count, study.layer.units)
+        edit = study.site.edit(keep) if count else None
+        rows.append(Row(study.site, count, study.removal.error[count], study.sensitivity, edit))
+        if edit:
             weight, bias = compensation.solved(study.layer, study.moments, keep, _ridge(request))
             sites.assign(model, study.site, weight, bias)
-            edits.replay(model, [study.site.edit(keep)])
-            rows[-1]["edit"] = study.site.edit(keep)
+            edits.replay(model, [edit])
     return rows
 
 
-def observe(
-    run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, say: Say = say_nothing
-) -> list[Study]:
+def edits_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [row.edit for row in rows if row.edit is not None]
+
+
+def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as JSON, for effect.json."""
+    return [
+        {
+            "module": row.site.module, "op": row.site.op, "units": row.site.units, "removed": row.removed,
+            "relative_error": row.error, "sensitivity": row.sensitivity,
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
+def observe(run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, say: Say = say_nothing) -> list[Study]:
     """Every site's moments over `calls`, and how many positions its layers work on."""
     import torch
 
@@ -137,10 +167,8 @@ def observe(
         for handle in handles:
             handle.remove()
     for study in studies:
-        study.cost = sum(
-            model.get_submodule(name).weight.numel() * count / study.layer.units  # type: ignore[operator,union-attr]
-            for name, count in study.positions.items()
-        )
+        weights = {name: cast("Any", model.get_submodule(name)).weight.numel() for name in study.positions}
+        study.cost = sum(weights[name] * count / study.layer.units for name, count in study.positions.items())
     return studies
 
 
@@ -236,9 +264,7 @@ def _redundancy(layer: Layer, moments: Moments) -> Tensor:
     return scores
 
 
-def _taylor(
-    run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, say: Say
-) -> dict[str, Tensor]:
+def _taylor(run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, say: Say) -> dict[str, Tensor]:
     """First-order change of the model's output when a unit goes: E (sum of x dL/dx)^2 over the calls.
 
     L is the output's product with random signs, so the expectation is the squared length of the
@@ -360,12 +386,3 @@ def _replaced(model: nn.Module, study: Study, weight: Tensor, bias: Tensor) -> I
         yield
     finally:
         reader.weight, reader.bias = old
-
-
-def _row(study: Study, count: int) -> dict[str, Any]:
-    site = study.site
-    error = study.removal.error[count] if study.removal is not None else 0.0
-    return {
-        "module": site.module, "op": site.op, "units": site.units, "removed": count,
-        "relative_error": error, "sensitivity": study.sensitivity, "edit": None,
-    }  # fmt: skip

@@ -60,7 +60,9 @@ class Site:
     def counts(self, round_to: int) -> list[int]:
         """How many units may go, rising from 0: what stays is at least one and a multiple of `round_to` inputs."""
         return [
-            n for n in range(self.units) if n == 0 or (self.units - n) * self.width % (round_to if self.rounds else 1) == 0
+            n
+            for n in range(self.units)
+            if n == 0 or (self.units - n) * self.width % (round_to if self.rounds else 1) == 0
         ]
 
     @property
