@@ -354,26 +354,35 @@ def measure_sensitivity(
     run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, request: Request, say: Say = say_nothing
 ) -> None:
     """Set every study's `sensitivity`: prune it alone to about the ratio, and see what the output feels."""
-    probes = calls[:: max(1, len(calls) // PROBES)][:PROBES]
-    wanted = _outputs(run, probes)
-    power = sum(float(output.double().square().sum()) for output in wanted)
+    probes = probes_of(calls)
+    wanted = outputs(run, probes)
     for number, study in enumerate(studies):
         say(f"sensitivity of {study.site.module}", 0.7 + 0.3 * number / len(studies))
         assert study.removal is not None
         count = min(len(study.removal.order), max(1, round(request.ratio * study.site.units)))
         keep = study.removal.kept(count, study.layer.units)
         with _replaced(model, study, *compensation.solved(study.layer, study.moments, keep, _ridge(request))):
-            got = _outputs(run, probes)
-        change = sum(float((a - b).double().square().sum()) for a, b in zip(wanted, got, strict=True))
+            change = relative_error(wanted, outputs(run, probes))
         own = study.removal.error[count]
-        study.sensitivity = change / power / own if own > 1e-12 else 1.0
+        study.sensitivity = change / own if own > 1e-12 else 1.0
 
 
-def _outputs(run: Run, calls: Calls) -> list[Tensor]:
+def probes_of(calls: Calls) -> Calls:
+    """A few of the calls, spread over them."""
+    return calls[:: max(1, len(calls) // PROBES)][:PROBES]
+
+
+def outputs(run: Run, calls: Calls) -> list[Tensor]:
     import torch
 
     with torch.no_grad():
         return [run(*call) for call in calls]
+
+
+def relative_error(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """Sum of squared differences over the sum of squares of `wanted`."""
+    change = sum(float((a - b).double().square().sum()) for a, b in zip(wanted, got, strict=True))
+    return change / max(sum(float(a.double().square().sum()) for a in wanted), 1e-300)
 
 
 @contextmanager
