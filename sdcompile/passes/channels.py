@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile.passes import narrowing, pruning, sites
 from sdcompile.passes.base import Pass, always
+from sdcompile.passes.importance import Importance
 from sdcompile.samples import Samples
 from sdcompile.spec import Job
 
@@ -35,7 +36,7 @@ class Params(BaseModel):
     uniform: bool = Field(
         default=False, description="The same share of every layer; else by sensitivity, under one budget."
     )
-    importance: narrowing.Importance = Field(
+    importance: Importance = Field(
         default="reconstruction",
         description="Which channels go first: those whose loss the others make up for best (reconstruction), of "
         "least gradient times activation (taylor), of least weights (l1, l2).",

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompile.passes import narrowing, pruning, sites
 from sdcompile.passes.base import Pass, always
+from sdcompile.passes.importance import Importance
 from sdcompile.samples import Samples
 from sdcompile.spec import Job
 
@@ -32,7 +33,7 @@ class Params(BaseModel):
     uniform: bool = Field(
         default=False, description="The same share of every layer; else by sensitivity, under one budget."
     )
-    importance: narrowing.Importance = Field(
+    importance: Importance = Field(
         default="reconstruction",
         description="Which heads go first: those whose loss the others make up for best (reconstruction), of least "
         "gradient times activation (taylor), of least weights (l1, l2).",
@@ -46,6 +47,12 @@ class Params(BaseModel):
     layers: tuple[str, ...] = Field(
         default=("*",), min_length=1, description="Layers to prune, by pattern: '*attn2' is cross-attention."
     )
+
+    @model_validator(mode="after")
+    def _merging_compensates(self) -> Params:
+        if self.merge and not self.compensate:
+            raise ValueError("merge is done by least squares: it needs compensate: true")
+        return self
 
 
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sdcompile import edits
 from sdcompile.errors import StageError
-from sdcompile.passes import compensation, sites
+from sdcompile.passes import compensation, importance, sites
 from sdcompile.passes.compensation import Layer, Moments, Removal
 from sdcompile.passes.sites import Site
 from sdcompile.spec import Say, say_nothing
@@ -28,8 +28,6 @@ Calls = Sequence[tuple["Tensor", ...]]
 
 Run = Callable[..., "Tensor"]
 """The model as a function of one recorded call's tensors."""
-
-Importance = Literal["reconstruction", "taylor", "l1", "l2"]
 
 RIDGE = 1e-3
 """Share of the inputs' mean square: enough that a few thousand rows never make a wild solution."""
@@ -53,7 +51,7 @@ class Request:
 
     ratio: float
     uniform: bool = False
-    importance: Importance = "reconstruction"
+    importance: importance.Importance = "reconstruction"
     merge: bool = False
     compensate: bool = True
     round_to: int = 1
@@ -187,16 +185,11 @@ def _counter(study: Study, name: str) -> Callable[..., None]:
     return count
 
 
-# --- which units ---
-
-
 def _removal(study: Study, scores: Mapping[str, Tensor], request: Request) -> Removal:
-    layer, moments, ridge = study.layer, study.moments, _ridge(request)
-    if request.merge:
-        return compensation.in_order(layer, moments, _redundancy(layer, moments), ridge)
-    if request.importance == "reconstruction" and request.compensate:
-        return compensation.by_reconstruction(layer, moments, request.ridge)
-    return compensation.in_order(layer, moments, scores[study.site.module], ridge)
+    layer, moments = study.layer, study.moments
+    if scores:
+        return compensation.in_order(layer, moments, scores[study.site.module], _ridge(request))
+    return compensation.by_reconstruction(layer, moments, request.ridge)
 
 
 def _ridge(request: Request) -> float | None:
@@ -206,104 +199,16 @@ def _ridge(request: Request) -> float | None:
 def _scores(
     run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, request: Request, say: Say
 ) -> dict[str, Tensor]:
-    """Per site the importance of each unit, (units,)."""
-    if request.merge or (request.importance == "reconstruction" and request.compensate):
-        return {}
-    if request.importance == "reconstruction":
-        return {s.site.module: _own_output(s.layer, s.moments) for s in studies}
+    """Site -> importance of each unit; nothing where the compensated loss itself gives the order."""
+    if request.merge:
+        return {s.site.module: importance.redundancy(s.layer, s.moments) for s in studies}
     if request.importance == "taylor":
-        return _taylor(run, model, studies, calls, say)
+        say("gradients", 0.3)
+        return importance.taylor(run, model, [s.site for s in studies], calls)
+    if request.importance == "reconstruction":
+        return {} if request.compensate else {s.site.module: importance.output(s.layer, s.moments) for s in studies}
     power = {"l1": 1.0, "l2": 2.0}[request.importance]
-    return {s.site.module: _norm(model, s.site, power) for s in studies}
-
-
-def _norm(model: nn.Module, site: Site, power: float) -> Tensor:
-    """Sum of |weight|^power over what writes and reads each unit."""
-    import torch
-
-    scores = torch.zeros(site.units, dtype=torch.float64)
-    for name in site.writers:
-        weight: Any = model.get_submodule(name).weight
-        # (halves, units, width, the rest): gated layers and scale-and-shift have two rows per unit
-        rows = weight.detach().double().abs().pow(power).flatten(1).sum(1)
-        scores += rows.view(-1, site.units, site.width).sum((0, 2))
-    weight = model.get_submodule(site.reader).weight
-    columns = weight.detach().double().abs().pow(power).transpose(0, 1).flatten(1).sum(1)
-    return scores + columns.view(site.units, site.width).sum(1)
-
-
-def _own_output(layer: Layer, moments: Moments) -> Tensor:
-    """What each unit alone adds to the output, squared and summed over the recorded rows."""
-    blocks = moments.matrix[layer.columns[:, :, None], layer.columns[:, None, :]]
-    mine = layer.weight[:, layer.columns].permute(1, 0, 2)  # (units, outputs, columns)
-    return ((mine @ blocks) * mine).sum((1, 2))
-
-
-def _redundancy(layer: Layer, moments: Moments) -> Tensor:
-    """Scores by clustering: units whose output another one repeats come first.
-
-    Similarity is the cosine of two units' contributions to the output over the recorded rows. The two
-    most similar clusters are joined again and again (average linkage), and of each joined pair the
-    unit with the smaller contribution goes; the survivor takes over its part by least squares.
-    """
-    import torch
-
-    mine = layer.weight[:, layer.columns].permute(1, 0, 2)
-    blocks = moments.matrix[layer.columns[:, None, :, None], layer.columns[None, :, None, :]]
-    products = torch.einsum("uoa,uvab,vob->uv", mine, blocks, mine)
-    power = products.diagonal().clamp(min=1e-300)
-    similar = products / (power[:, None] * power).sqrt()
-    members = {unit: [unit] for unit in range(layer.units)}
-    scores = torch.full((layer.units,), float(layer.units), dtype=torch.float64)
-    for turn in range(layer.units - 1):
-        pairs = [(a, b) for a in members for b in members if a < b]
-        near = max(pairs, key=lambda p: float(similar[members[p[0]]][:, members[p[1]]].mean()))
-        loser, winner = sorted(near, key=lambda unit: float(power[unit]))
-        scores[loser] = float(turn)
-        members[winner] += members.pop(loser)
-    return scores
-
-
-def _taylor(run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, say: Say) -> dict[str, Tensor]:
-    """First-order change of the model's output when a unit goes: E (sum of x dL/dx)^2 over the calls.
-
-    L is the output's product with random signs, so the expectation is the squared length of the
-    Jacobian times the unit's activation (Hutchinson 1990); no target is needed. Gradient times
-    activation as in Molchanov et al. 2019, arXiv:1906.10771.
-    """
-    import torch
-
-    signs = torch.Generator().manual_seed(0)
-    scores = {s.site.module: torch.zeros(s.site.units, dtype=torch.float64) for s in studies}
-    for number, call in enumerate(calls):
-        say(f"gradients of call {number + 1} of {len(calls)}", 0.3)
-        kept: dict[str, Tensor] = {}
-        handles = [
-            model.get_submodule(s.site.reader).register_forward_pre_hook(_keeper(kept, s.site.module)) for s in studies
-        ]
-        try:
-            with torch.enable_grad():
-                output = run(call[0].clone().requires_grad_(), *call[1:])
-        finally:
-            for handle in handles:
-                handle.remove()
-        ones = torch.randint(0, 2, output.shape, generator=signs).to(output.dtype) * 2 - 1
-        names = list(kept)
-        gradients = torch.autograd.grad((output * ones).sum(), [kept[name] for name in names])
-        for name, gradient in zip(names, gradients, strict=True):
-            product = (kept[name].detach() * gradient).double()
-            units = next(s.site.units for s in studies if s.site.module == name)
-            axis = 1 if product.ndim == 4 else -1
-            rows = product.movedim(axis, -1).flatten(1, -2).sum(1)  # (rows, inputs)
-            scores[name] += rows.view(len(rows), units, -1).sum(2).square().sum(0)
-    return scores
-
-
-def _keeper(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def keep(reader: Any, arguments: tuple[Tensor, ...]) -> None:
-        kept[name] = arguments[0]
-
-    return keep
+    return {s.site.module: importance.norm(model, s.site, power) for s in studies}
 
 
 # --- how many ---

@@ -48,7 +48,7 @@ class Params(BaseModel):
 
     steps: int = Field(default=300, ge=1, le=100_000, description="Steps of AdamW, at most.")
     rows: int = Field(default=32, ge=1, le=1024, description="Denoiser rows in one step.")
-    learning_rate: float = Field(default=5e-4, gt=0, lt=1, description="Highest learning rate.")
+    learning_rate: float = Field(default=3e-4, gt=0, lt=1, description="Highest learning rate.")
     features: float = Field(
         default=0.5, ge=0, le=100, description="Weight of the blocks' outputs beside the model's own."
     )
@@ -57,7 +57,7 @@ class Params(BaseModel):
     )
     ema: float = Field(default=0.99, ge=0, lt=1, description="Decay of the averaged weights, which are what is kept.")
     patience: int = Field(
-        default=3, ge=1, description="Stop when this many tenths of the steps bring nothing on rows kept aside."
+        default=5, ge=1, description="Stop when this many tenths of the steps bring nothing on rows kept aside."
     )
     layers: tuple[str, ...] = Field(
         default=("*",), min_length=1, description="Weights to train, by pattern ('*attn*'); fewer take less memory."

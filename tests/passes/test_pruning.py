@@ -1,4 +1,4 @@
-"""Passes of the prune stage on a small random UNet: what they remove, what they refuse, and that it computes the same."""
+"""Passes of the prune stage on a small random UNet: what they remove and refuse, and what the rest computes."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(source, tmp_path_factory) -> Path:
-    """Twelve calls of two rows, a quarter of them held out, answered by the source."""
+    """Twelve calls of eight rows, a quarter of them held out, answered by the source."""
     import torch
 
     folder = tmp_path_factory.mktemp("samples")
     model, writer, draw = opened(source), Writer(folder), np.random.default_rng(0)
     for number in range(12):
         feeds = {
-            "sample": draw.standard_normal((2, 4, 8, 8)).astype(np.float32),
-            "timestep": np.full(2, 80.0 * number, np.float32),
-            "encoder_hidden_states": draw.standard_normal((2, 5, 24)).astype(np.float32),
+            "sample": draw.standard_normal((8, 4, 8, 8)).astype(np.float32),
+            "timestep": np.full(8, 80.0 * number, np.float32),
+            "encoder_hidden_states": draw.standard_normal((8, 5, 24)).astype(np.float32),
         }
         with torch.inference_mode():
             answer = model(*map(torch.from_numpy, feeds.values())).numpy()
@@ -121,7 +121,7 @@ def test_heads_leave_for_good(source, samples, tmp_path, uniform):
     effect = run("heads", source, tmp_path / "out", samples, ratio=0.25, uniform=uniform)
     removed = [row["removed"] for row in effect["layers"]]
     assert len(removed) == 12
-    assert sum(removed) == 12 if uniform else 0 < sum(removed)
+    assert sum(removed) == 12 if uniform else sum(removed) > 0
     assert all(count == 1 for count in removed) or not uniform
     model = opened(tmp_path / "out")
     heads = [m.heads for m in model.modules() if hasattr(m, "to_q")]
@@ -155,7 +155,8 @@ def test_the_budget_is_spent_where_it_costs_least(source, samples, tmp_path):
 @pytest.mark.parametrize("importance", ["reconstruction", "taylor", "l1", "l2"])
 def test_every_importance_chooses_and_repeats_itself(source, samples, tmp_path, importance):
     for name in ("a", "b"):
-        run("heads", source, tmp_path / name, samples, ratio=0.25, uniform=True, importance=importance)
+        options = {"ratio": 0.25, "uniform": True, "importance": importance, "layers": ["mid_block*"]}
+        run("heads", source, tmp_path / name, samples, **options)
     first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert all(np.array_equal(first[key], second[key]) for key in first)
     assert (tmp_path / "a" / edits.FILE).read_bytes() == (tmp_path / "b" / edits.FILE).read_bytes()
@@ -186,7 +187,6 @@ def test_channels_keep_whole_groups(source, samples, tmp_path):
     effect = run("channels", source, tmp_path / "out", samples, ratio=0.3, round_to=8)
     model = opened(tmp_path / "out").unet
     resnets = [m for m in model.modules() if hasattr(m, "conv2")]
-    widths = {8: (16,), 7: (), 6: (), 4: ()}
     assert any(r.norm2.num_groups < 8 for r in resnets)
     for resnet in resnets:
         per_group = resnet.norm2.num_channels // resnet.norm2.num_groups
@@ -194,7 +194,6 @@ def test_channels_keep_whole_groups(source, samples, tmp_path):
         assert resnet.norm2.num_channels % 8 == 0
         assert resnet.conv1.out_channels == resnet.norm2.num_channels == resnet.conv2.in_channels
         assert resnet.time_emb_proj.out_features == resnet.norm2.num_channels
-    assert widths
     for module in model.modules():
         if hasattr(module, "net"):
             assert module.net[0].proj.out_features == 2 * module.net[2].in_features
@@ -255,23 +254,21 @@ def test_a_pruned_unet_exports_smaller_and_computes_what_torch_does(source, samp
     run("channels", tmp_path / "a", tmp_path / "b", samples, ratio=0.3)
     params = {"family": "sd", "opset": 20, "attention": "sdpa", "multiples": FAMILY.facts(CONFIGS)["multiples"]}
     job = Job("unet", params, spec=FAMILY.components(CONFIGS)["unet"], shapes=SHAPES)
-    sizes = {}
-    for name, folder in (("whole", source), ("pruned", tmp_path / "b")):
-        (tmp_path / name).mkdir()
-        export_onnx.run({"checkpoint": folder}, tmp_path / name, job)
-        sizes[name] = (tmp_path / name / "model.onnx.data").stat().st_size
-    assert sizes["pruned"] < 0.9 * sizes["whole"]
+    (tmp_path / "onnx").mkdir()
+    export_onnx.run({"checkpoint": tmp_path / "b"}, tmp_path / "onnx", job)
+    weights = (tmp_path / "onnx" / "model.onnx.data").stat().st_size
+    assert weights < 0.9 * next(source.glob("*.safetensors")).stat().st_size
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     torch.manual_seed(3)
     feeds = (torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 24))
     names = [t.name for t in job.spec.inputs]  # type: ignore[union-attr]
+    got = session.run(None, {n: f.numpy() for n, f in zip(names, feeds, strict=True)})[0]
 
-    def gap(onnx: Path) -> float:
-        session = onnxruntime.InferenceSession(onnx / "model.onnx", providers=["CPUExecutionProvider"])
-        got = session.run(None, {n: f.numpy() for n, f in zip(names, feeds, strict=True)})[0]
-        return float(np.abs(got - answer(tmp_path / "b").numpy()).max() / np.abs(got).max())
+    def gap(folder: Path) -> float:
+        return float(np.abs(got - answer(folder).numpy()).max() / np.abs(got).max())
 
-    assert gap(tmp_path / "pruned") < 1e-5
-    assert gap(tmp_path / "whole") > 1e-3, "the sibling: the whole model does not compute what the pruned one does"
+    assert gap(tmp_path / "b") < 1e-5
+    assert gap(source) > 1e-3, "the sibling: the whole model does not compute what the pruned one does"
 
 
 def test_the_work_is_counted_with_attention(source, samples, tmp_path):
@@ -339,7 +336,7 @@ def test_named_blocks_are_removed_and_others_refused(source, samples, tmp_path):
 def test_recovery_brings_the_output_nearer_and_repeats_itself(source, samples, tmp_path):
     pruned = tmp_path / "pruned"
     lost = run("heads", source, pruned, samples, ratio=0.5, uniform=True, importance="l1", compensate=False)
-    options = {"steps": 60, "rows": 8, "learning_rate": 2e-3}
+    options = {"steps": 16, "rows": 16, "learning_rate": 2e-4}
     found = run("recover", pruned, tmp_path / "a", samples, teacher=source, **options)
     run("recover", pruned, tmp_path / "b", samples, teacher=source, **options)
     assert mean_snr(found) > mean_snr(lost) + 1
@@ -384,6 +381,11 @@ def test_ratios_that_are_no_share_are_refused(ratio):
     for name in ("heads", "channels"):
         with pytest.raises(ValueError, match=r"ratio"):
             PASSES[name].params.model_validate({"ratio": ratio})
+
+
+def test_merging_without_least_squares_is_refused():
+    with pytest.raises(ValueError, match="needs compensate"):
+        PASSES["heads"].params.model_validate({"merge": True, "compensate": False})
 
 
 def test_groups_that_cannot_be_kept_legal_are_refused(source, samples, tmp_path):
