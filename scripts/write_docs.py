@@ -15,6 +15,7 @@ from typing import Any
 
 from sdcompile import recipe
 from sdcompile.backends import BACKENDS
+from sdcompile.passes import PASSES
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -38,6 +39,9 @@ def recipe_page() -> str:
         lines += table(name.removesuffix("Recipe").lower(), part)
     for name, backend in BACKENDS.items():
         lines += table(f"build: {name}", backend.options.model_json_schema())
+    for record in PASSES.values():
+        if record.stage == "prune":
+            lines += table(f"prune: {record.name}", record.params.model_json_schema())
     return "\n".join(lines).strip() + "\n"
 
 

@@ -39,7 +39,10 @@ class FileEntry(_Frozen):
 
 
 class ComponentEntry(_Frozen):
-    """One engine: what made it, what it takes, what really ran when it was verified, and how well."""
+    """One engine: what made it, what it takes, what really ran when it was verified, and how well.
+
+    `effects`: what each pass on its way did, in order: {"pass": name, ...its effect.json}.
+    """
 
     backend: str
     precision: Precision
@@ -47,6 +50,7 @@ class ComponentEntry(_Frozen):
     spec: dict[str, Any]
     facts: dict[str, Any] = Field(default_factory=dict)
     verification: dict[str, Any] = Field(default_factory=dict)
+    effects: list[dict[str, Any]] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
 

@@ -54,6 +54,15 @@ FLOORS: dict[Precision, Floor] = {
     "int8": Floor(min_snr_db=12.0, min_cosine=0.965),
 }
 
+PRUNED = Floor(min_snr_db=0.0, min_cosine=0.0)
+"""The floor of a pruned component, whose outputs are meant to differ: nearer to the reference than zeros are.
+
+What pruning costs is measured, and a recipe may say what it must not exceed; a default would forbid pruning.
+"""
+
+PRUNED_IMAGE_DB = 0.0
+"""Least PSNR of whole images where a component is pruned: they must be images, free of NaN."""
+
 # Whole images drift further than one call does, because every step's error is fed to the next one.
 IMAGE_FLOORS_DB: dict[Precision, float] = {"fp32": 45.0, "fp16": 30.0, "bf16": 20.0, "int8": 12.0}
 """Least PSNR of a whole image, by the lowest precision among the engines that made it."""

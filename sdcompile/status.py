@@ -12,7 +12,7 @@ from sdcompile import machine
 from sdcompile.backends import BACKENDS
 from sdcompile.errors import RecipeError
 from sdcompile.run import Build, wanted
-from sdcompile.spec import PIPELINE
+from sdcompile.spec import PIPELINE, Stage
 
 if TYPE_CHECKING:
     from sdcompile.plan import Step
@@ -23,6 +23,19 @@ def check_component(work: Build, only: str | None) -> None:
     known = sorted({step.component for step in work.plan} - {PIPELINE})
     if only is not None and only not in known:
         raise RecipeError(f"--only {only}: no such component", f"this recipe has: {', '.join(known)}")
+
+
+def check_stage(work: Build, stage: Stage) -> None:
+    """Raise RecipeError when the recipe asks for nothing of a stage that not every recipe has."""
+    if stage in _ASKED_BY and not any(step.stage == stage for step in work.plan):
+        raise RecipeError(f"{work.recipe.name} has no {stage} stage", _ASKED_BY[stage])
+
+
+_ASKED_BY: dict[Stage, str] = {
+    "prune": "name its passes: components: {unet: {prune: {PASS: {...}}}}",
+    "calibrate": "only passes want samples, such as those of precision int8: components: {unet: {precision: int8}}",
+    "quantize": "ask for a precision that a pass makes, as in components: {unet: {precision: int8}}",
+}
 
 
 def rows(work: Build, only: str | None) -> list[dict[str, Any]]:

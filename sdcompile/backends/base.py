@@ -67,6 +67,9 @@ class Backend:
     realises   precision -> names of the passes that put it in the graph; () = the build does it
     options    pydantic model of the recipe's `build:` mapping for this backend
     export     options this backend asks of the ONNX exporter (e.g. {"attention": "mha"})
+    quantize   params this backend asks of the quantization pass, unless the recipe sets them
+    rest       precision of what int8 leaves unquantized, unless the recipe says `quantize: {rest: ...}`;
+               job.params["rest"] of an int8 build
     packages   distributions whose versions decide the bytes `build` writes (part of the key)
     probe      () -> Probe, from metadata only
     build      (src, out, job): read the form in `src`, write the engine's files into `out`
@@ -85,6 +88,8 @@ class Backend:
     packages: tuple[str, ...] = ()
     revision: int = 1
     export: Mapping[str, Any] = field(default_factory=dict)
+    quantize: Mapping[str, Any] = field(default_factory=dict)
+    rest: Precision = "fp32"
     host_bound: bool = False
     verifiable: bool = True
 

@@ -33,7 +33,12 @@ def _stage_command(name: str, stage: Stage, short: str, summary: str) -> None:
 _stage_command(
     "build", "package", "Recipe -> verified bundle.", "Build a recipe into a verified bundle, OUTPUT/NAME.sdc."
 )
+_stage_command("prune", "prune", "Only up to the pruned checkpoints.", "Make everything up to the pruned checkpoints.")
 _stage_command("export", "export", "Only up to the ONNX files.", "Make everything up to the ONNX files.")
+_stage_command(
+    "calibrate", "calibrate", "Only the samples that passes are fitted to.", "Record the samples that passes want."
+)
+_stage_command("quantize", "quantize", "Only up to the last pass.", "Make everything up to what the last pass writes.")
 _stage_command("compile", "compile", "Only up to the engines.", "Make everything up to the engines.")
 _stage_command("package", "package", "The same as build.", "The same as build: verify is never skipped on the way.")
 
@@ -55,6 +60,7 @@ def _build(
     observer = console.observer(json_mode=json)
     work = run.prepare(recipe, sets, Store(store), offline=offline)
     status.check_component(work, only)
+    status.check_stage(work, stage)
     for note in work.plan.notes:
         observer.warn(note)
     with observer.watching(work.plan.until(stage, only)):

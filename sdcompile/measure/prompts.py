@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 from sdcompile.bundle import Manifest
 from sdcompile.errors import RecipeError
-from sdcompile.models import tiny
+from sdcompile.models import general_prompts, tiny
 
 
 def prompts_for(manifest: Manifest, count: int, seed: int) -> list[str]:
-    """`count` prompts for a model: of its own world where it has one, else those it was verified with, repeated."""
+    """`count` prompts for a model: compositions the tiny model never saw, or general ones, repeated where they end."""
     if is_tiny(manifest):
         return tiny.prompts(count, seed)
-    known = manifest.recipe.get("verify", {}).get("prompts") or list(GENERAL)
+    known = list(general_prompts())
+    random.Random(seed).shuffle(known)
     return [known[index % len(known)] for index in range(count)]
 
 
@@ -37,6 +39,3 @@ def prompts_from(path: Path | None) -> list[str]:
 def is_tiny(manifest: Manifest) -> bool:
     """Can the tiny model's checker read this bundle's pictures?"""
     return bool(manifest.source["id"] == "builtin:tiny")
-
-
-GENERAL = ("a photograph of an old lighthouse on a cliff at sunset, waves breaking below",)

@@ -1,14 +1,23 @@
 """Passes: rewritings of a model on its way to an engine, one file each, and the table of them.
 
 A pass takes a folder of one form and writes the same form. Its heavy libraries are imported
-inside `run`. It never sees the store, the recipe or a backend.
+inside `run`. It never sees the store, the recipe or a backend. Passes of one recipe run in the
+order of the table.
 """
 
 from __future__ import annotations
 
-from sdcompile.passes import cast_fp16
+from collections.abc import Iterable
+
+from sdcompile.passes import blocks, cast_fp16, channels, heads, recover
 from sdcompile.passes.base import Pass
 
-__all__ = ["PASSES", "Pass"]
+__all__ = ["PASSES", "Pass", "quantization"]
 
-PASSES: dict[str, Pass] = {p.name: p for p in (cast_fp16.PASS,)}
+PASSES: dict[str, Pass] = {p.name: p for p in (blocks.PASS, heads.PASS, channels.PASS, recover.PASS, cast_fp16.PASS)}
+
+
+def quantization(names: Iterable[str]) -> Pass | None:
+    """Of the passes that realise a precision, the one a recipe's `quantize:` speaks to: it has parameters."""
+    records = (PASSES[name] for name in names)
+    return next((r for r in records if r.stage == "quantize" and r.params.model_fields), None)

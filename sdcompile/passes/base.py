@@ -1,11 +1,12 @@
-"""The word every pass shares: its record. Knows no pass."""
+"""The words every pass shares: its record, and the file that tells what it did. Knows no pass."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdcompile.spec import Job, Kind, Stage
 
@@ -13,16 +14,30 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
+def never(params: BaseModel) -> bool:
+    return False
+
+
+def always(params: BaseModel) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Pass:
-    """One rewriting of a model: it reads the form `kind` and writes the same form.
+    """One rewriting of a model: it reads the form `kind` and writes the same form, and effect.json (`write_effect`).
 
-    kind       "checkpoint" or "onnx": the role of its input folder and the form of its output
-    stage      the command that makes it
-    revision   to be raised whenever the bytes it writes for the same input change
-    params     pydantic model of what the recipe may tell it
-    run        (inputs, out, job), as every op
-    packages   distributions whose versions decide those bytes
+    kind        "checkpoint" or "onnx": the role of its input folder and the form of its output
+    stage       the command that makes it. Passes of the prune stage are named in a recipe's `prune:`;
+                one of the quantize stage runs where a backend's `realises` names it
+    revision    to be raised whenever the bytes it writes for the same input change
+    params      pydantic model of what the recipe may tell it; run finds them, with every default, in
+                job.params beside "family"
+    run         (inputs, out, job), as every op
+    packages    distributions whose versions decide those bytes
+    calibrates  params -> does it want an input "samples": what the fp32 reference was fed and answered on
+                the trajectories of `calibrate` (see `sdcompile.samples`)?
+    memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB)
+    teacher     does it want an input "teacher": the component's checkpoint as it was before any pass?
     """
 
     name: str
@@ -32,3 +47,33 @@ class Pass:
     params: type[BaseModel]
     run: Callable[[Mapping[str, Path], Path, Job], None]
     packages: tuple[str, ...] = ()
+    calibrates: Callable[[Any], bool] = never
+    teacher: bool = False
+    memory: tuple[float, float] = (2.0, 1.0)
+
+
+EFFECT = "effect.json"
+
+
+def write_effect(
+    out: Path,
+    parameters: tuple[int, int],
+    size_bytes: tuple[int, int],
+    macs: tuple[int, int] | None = None,
+    snr_db: Mapping[str, float] | None = None,
+    **detail: Any,
+) -> None:
+    """Write what a pass did to effect.json: figures as (before, after), and details of its own.
+
+    parameters   numbers in the weights; size_bytes: bytes of the weights as stored
+    macs         multiply-accumulates of one call at the usual shapes
+    snr_db       timestep region -> lowest SNR against the fp32 reference on held out samples
+    """
+    effect = {"parameters": parameters, "bytes": size_bytes, "macs": macs, "snr_db": dict(snr_db or {}), **detail}
+    (out / EFFECT).write_text(json.dumps(effect, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_effect(folder: Path) -> dict[str, Any] | None:
+    """What the pass that wrote `folder` said of itself; None where it said nothing."""
+    path = folder / EFFECT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -305,6 +305,7 @@ PASS = Pass(
     stage="quantize",
     kind="onnx",
     revision=REVISION,
+    memory=(0.2, 0.5),
     params=Params,
     run=run,
     packages=("onnx", "onnxscript"),

@@ -8,29 +8,24 @@ whether a combination can be built is the plan's to say. YAML is known only here
 
 from __future__ import annotations
 
+from sdcompile.recipe.compression import AcceptRecipe, CalibrateRecipe, QuantizeRecipe
 from sdcompile.recipe.documents import load_document
 from sdcompile.recipe.fields import Source
-from sdcompile.recipe.model import (
-    ComponentRecipe,
-    DefaultsRecipe,
-    Effective,
-    FloorRecipe,
-    Known,
-    Recipe,
-    SamplerRecipe,
-    ShapesRecipe,
-    VerifyRecipe,
-    known_names,
-)
+from sdcompile.recipe.known import Known, known_names
+from sdcompile.recipe.model import ComponentRecipe, Effective, Recipe
 from sdcompile.recipe.reading import load
+from sdcompile.recipe.sections import DefaultsRecipe, FloorRecipe, SamplerRecipe, ShapesRecipe, VerifyRecipe
 from sdcompile.recipe.writing import dump, schema, starter
 
 __all__ = [
+    "AcceptRecipe",
+    "CalibrateRecipe",
     "ComponentRecipe",
     "DefaultsRecipe",
     "Effective",
     "FloorRecipe",
     "Known",
+    "QuantizeRecipe",
     "Recipe",
     "SamplerRecipe",
     "ShapesRecipe",

@@ -9,7 +9,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from sdcompile.errors import RecipeError
-from sdcompile.recipe.reading import place_of, text_of, words
+from sdcompile.recipe.reading import place_of, text_of
+from sdcompile.recipe.words import words
 from sdcompile.recipe.yamltext import Place, read
 
 M = TypeVar("M", bound=BaseModel)
@@ -33,7 +34,7 @@ def load_document(path: Path, model: type[M], sections: Sequence[tuple[str, type
                 for item in error.errors(include_url=False):
                     place = place_of(item["loc"], parsed.data)
                     nested = next((part for name, part in sections if place[:1] == (name,) and len(place) > 1), model)
-                    faults.append((_line(place, parsed.lines), place, words(item, place, nested)))
+                    faults.append((_line(place, parsed.lines), place, words(item, place, tuple(nested.model_fields))))
             else:
                 if not faults:
                     return found

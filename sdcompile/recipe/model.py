@@ -7,28 +7,16 @@ context (`Known`); without a context only the structure is checked. This file kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
+from sdcompile.recipe.compression import CalibrateRecipe, PruneParams, QuantizeRecipe, prompts_of, prune_value
 from sdcompile.recipe.fields import (
-    MAX_STEPS,
     FileName,
-    Number,
-    Size,
+    Part,
     Source,
     SourceText,
     Span,
@@ -37,20 +25,9 @@ from sdcompile.recipe.fields import (
     did_you_mean,
     fault,
     parse_source,
-    shown,
 )
+from sdcompile.recipe.sections import DefaultsRecipe, SamplerRecipe, ShapesRecipe, VerifyRecipe, empty_for_null
 from sdcompile.spec import Precision
-
-
-@dataclass(frozen=True)
-class Known:
-    """The names the tables hold. `families`: name -> component -> recipe fields that component
-    understands (e.g. clip_skip); `backends`: name -> pydantic model of its `build` options, or None.
-    Names are not checked against a table left empty."""
-
-    families: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
-    backends: Mapping[str, type[BaseModel] | None] = field(default_factory=dict)
-    samplers: Collection[str] = ()
 
 
 class Fault(NamedTuple):
@@ -89,83 +66,6 @@ FamilyName = Annotated[String, AfterValidator(_family)]
 BackendName = Annotated[String, AfterValidator(_backend)]
 
 
-class Part(BaseModel):
-    """A mapping in a recipe: frozen, no unknown fields, `null` = left out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_unset(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields}
-
-
-class ShapesRecipe(Part):
-    """Sizes the engines are built for: one number (static) or [min, opt, max]. Unset = the model's own."""
-
-    batch: Size | None = Field(default=None, description="Images in one call.")
-    height: Size | None = Field(default=None, description="Image height in pixels.")
-    width: Size | None = Field(default=None, description="Image width in pixels.")
-    tokens: Size | None = Field(
-        default=None, description="Prompt tokens; a multiple of the text encoder's length (77)."
-    )
-
-
-class SamplerRecipe(Part):
-    """A sampler: a short name, or a name of your own with a diffusers scheduler class and config fields."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: FileName = Field(description="Short name (ddim, dpmpp_2m, ...), or a name of your own if scheduler is given.")
-    scheduler: String | None = Field(
-        default=None, description="diffusers scheduler class, as in DPMSolverMultistepScheduler."
-    )
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The scheduler config fields this recipe sets over the source's own (use_karras_sigmas, ...)."""
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, data: Any) -> Any:
-        if not isinstance(data, (str, Mapping, SamplerRecipe)):
-            raise fault(f"expected a sampler's name, or a mapping with a name, got {shown(data)}")
-        return {"name": data} if isinstance(data, str) else data
-
-    @model_validator(mode="after")
-    def _known(self, info: ValidationInfo) -> SamplerRecipe:
-        for key in self.config:
-            if get_close_matches(key, ["scheduler"], cutoff=0.8):
-                raise fault(f"unknown field '{key}', did you mean 'scheduler'?")
-        if self.scheduler is not None and not self.scheduler.isidentifier():
-            raise fault(f"scheduler '{self.scheduler}' is no diffusers class name")
-        if info.context and info.context.samplers and self.scheduler is None and self.name not in info.context.samplers:
-            near = did_you_mean(self.name, info.context.samplers)
-            raise fault(
-                f"unknown sampler '{self.name}'{near}"
-                + ("" if "?" in near else "; or name its diffusers class as 'scheduler'")
-            )
-        return self
-
-
-class DefaultsRecipe(Part):
-    """What a request to the bundle gets where it leaves an argument open."""
-
-    sampler: String | None = Field(default=None, description="One of `samplers`. Unset = the first of them.")
-    num_inference_steps: Annotated[Whole, Field(ge=1, le=MAX_STEPS)] = Field(default=20, description="Denoising steps.")
-    guidance_scale: Number = Field(default=7.5, description="Classifier-free guidance scale; <= 1 turns guidance off.")
-    negative_prompt: String = Field(default="", description="Negative prompt.")
-    height: Annotated[Whole, Field(ge=1)] | None = Field(
-        default=None, description="Pixels. Unset = opt of shapes.height."
-    )
-    width: Annotated[Whole, Field(ge=1)] | None = Field(
-        default=None, description="Pixels. Unset = opt of shapes.width."
-    )
-
-
 class ComponentRecipe(Part):
     """One component's own settings; what is unset is inherited from the recipe."""
 
@@ -175,54 +75,15 @@ class ComponentRecipe(Part):
         default=None, description="Last text-encoder layers to leave out (text_encoder only), as diffusers counts them."
     )
     build: dict[str, Any] = Field(default_factory=dict, description="Options of this component's backend.")
-
-
-class FloorRecipe(Part):
-    """How close a component must come to its fp32 reference. Unset = the default of its precision."""
-
-    min_snr_db: Number | None = Field(default=None, description="Lowest signal-to-noise ratio of any output, in dB.")
-    min_cosine: Annotated[Number, Field(ge=-1, le=1)] | None = Field(
-        default=None, description="Lowest cosine of any output."
+    prune: Annotated[PruneParams, BeforeValidator(prune_value)] = Field(
+        default_factory=dict, description="Passes of the prune stage, each with its parameters, as in {heads: {...}}."
+    )
+    quantize: QuantizeRecipe | None = Field(
+        default=None, description="How this component is quantized, over what the recipe's `quantize` says."
     )
 
 
-class VerifyRecipe(Part):
-    """How a build is verified; further keys are component names with floors of their own."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, FloorRecipe]
-
-    prompts: tuple[String, ...] | None = Field(
-        default=None, min_length=1, description="Prompts to verify with. Unset = built in ones."
-    )
-    seed: Annotated[Whole, Field(ge=0, lt=1 << 63)] = Field(default=0, description="Seed of the verification images.")
-    num_inference_steps: Annotated[Whole, Field(ge=1, le=MAX_STEPS)] | None = Field(
-        default=None, description="Denoising steps of the verification images. Unset = chosen by the verify stage."
-    )
-    min_image_psnr_db: Number | None = Field(default=None, description="Lowest PSNR of any whole image, in dB.")
-    on_fail: Literal["stop", "fallback"] = Field(
-        default="stop", description="When a floor is missed: stop the build, or build that component in fp32 instead."
-    )
-
-    @property
-    def floors(self) -> dict[str, FloorRecipe]:
-        """Component -> floors this recipe sets."""
-        return dict(self.__pydantic_extra__ or {})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_names(cls, data: Any) -> Any:
-        return _empty_for_null(data, but=cls.model_fields)
-
-
-def _empty_for_null(data: Any, but: Collection[str] = ()) -> Any:
-    """`components: {vae_encoder: }` lists a component with nothing of its own."""
-    if not isinstance(data, Mapping):
-        return data
-    return {k: {} if v is None and k not in but else v for k, v in data.items()}
-
-
-Components = Annotated[dict[str, ComponentRecipe], BeforeValidator(_empty_for_null)]
+Components = Annotated[dict[str, ComponentRecipe], BeforeValidator(empty_for_null)]
 
 
 P = TypeVar("P", bound=Part)
@@ -262,6 +123,12 @@ class Recipe(Part):
         default_factory=dict, description="Settings per component. vae_encoder is built only when listed."
     )
     build: dict[str, Any] = Field(default_factory=dict, description="Options of `backend`.")
+    calibrate: CalibrateRecipe = Field(
+        default_factory=_unset(CalibrateRecipe), description="Where samples come from, for passes that want some."
+    )
+    quantize: QuantizeRecipe | None = Field(
+        default=None, description="How components of precision int8 are quantized, unless they say it themselves."
+    )
     verify: VerifyRecipe = Field(
         default_factory=_unset(VerifyRecipe), description="Floors and prompts of the verify stage."
     )
@@ -309,6 +176,21 @@ class Recipe(Part):
         params = {} if own.clip_skip is None else {"clip_skip": own.clip_skip}
         return Effective(backend, own.precision or self.precision, params, {**inherited, **own.build})
 
+    def pruning(self, component: str) -> PruneParams:
+        """Pass of the prune stage -> its parameters, for `component`."""
+        return self.components[component].prune if component in self.components else {}
+
+    def quantizing(self, component: str) -> QuantizeRecipe:
+        """How `component` is quantized, if its precision asks for it."""
+        default = self.quantize or QuantizeRecipe()
+        own = self.components[component].quantize if component in self.components else None
+        return own.over(default) if own else default
+
+    def calibration_prompts(self) -> tuple[str, ...] | None:
+        """The prompts of `calibrate`, read from its file where it names one; None = the built in ones."""
+        field, file = "calibrate.prompts_file", self.calibrate.prompts_file
+        return prompts_of(self.calibrate, self.path(file, field) if file else None, self.where(field))
+
     def base(self, field: str = "source") -> Path:
         """The folder that a relative path in `field` starts at: the recipe's own, or the current one for `--set`."""
         return Path() if self.where(field).startswith("--set") else self._folder
@@ -351,16 +233,3 @@ def cross_faults(recipe: Recipe) -> Iterator[Fault]:
         if value is not None and size is not None and not size[0] <= value <= size[2]:
             place = ("defaults", side)
             yield Fault(place, f"{value} is outside shapes.{side} [{size[0]} to {size[2]}]", (place, ("shapes", side)))
-
-
-def known_names() -> Known:
-    """The names in the tables of this installation."""
-    from sdcompile.backends import BACKENDS
-    from sdcompile.families import FAMILIES
-    from sdcompile.samplers import SAMPLERS
-
-    return Known(
-        {name: {c: tuple(f.params.get(c, ())) for c in f.folders} for name, f in FAMILIES.items()},
-        {name: backend.options for name, backend in BACKENDS.items()},
-        tuple(SAMPLERS),
-    )

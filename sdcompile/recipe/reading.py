@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from sdcompile.errors import RecipeError
-from sdcompile.recipe.fields import did_you_mean, shown
-from sdcompile.recipe.model import (
-    ComponentRecipe,
-    DefaultsRecipe,
-    FloorRecipe,
-    Known,
-    Recipe,
-    ShapesRecipe,
-    VerifyRecipe,
-    cross_faults,
-    known_names,
-)
+from sdcompile.recipe.fields import shown
+from sdcompile.recipe.known import Known, known_names
+from sdcompile.recipe.model import Recipe, cross_faults
+from sdcompile.recipe.tables import is_unknown_name, table_faults
+from sdcompile.recipe.words import kind_of, words
 from sdcompile.recipe.yamltext import Place, Text, read
-from sdcompile.spec import PRECISIONS
 
 MAX_BYTES = 1 << 20
 MAX_SHOWN = 40
-
-_SECTIONS: dict[str, type[BaseModel]] = {"shapes": ShapesRecipe, "defaults": DefaultsRecipe, "verify": VerifyRecipe}
 
 # Fields the cross-field faults look at: none is required, so they can be checked beside faulty others.
 _CROSSED = ("samplers", "sampler_steps", "defaults", "shapes")
@@ -106,7 +96,7 @@ class _Reading:
             self.add(f"{file}:1", (), "the recipe is empty")
             self.refuse(f"start one: sdcompile init {file}")
         if not isinstance(parsed.data, dict):
-            self.add(self.origin[()], (), f"a recipe is a mapping of fields, got {_kind(parsed.data)}")
+            self.add(self.origin[()], (), f"a recipe is a mapping of fields, got {kind_of(parsed.data)}")
             self.refuse()
         self.data: dict[str, Any] = parsed.data
 
@@ -200,72 +190,17 @@ class _Reading:
                     continue
                 place = place_of(item["loc"], self.data)
                 faulty.add(place)
-                if not self._is_unknown_name(place):
+                if not is_unknown_name(self.data, self.known, place):
                     self.add_at(place, words(item, place))
         partial = result or Recipe.model_validate({**_PLACEHOLDERS, **_sound(self.data, faulty)}, context=Known())
         for fault in cross_faults(partial):
             if not any(_same_branch(place, behind) for behind in fault.behind for place in faulty):
                 self.add_at(fault.place, fault.text)
-        for place, text in self._table_faults():
+        for place, text in table_faults(self.data, self.known):
             self.add_at(place, text)
         if self.faults or result is None:
             self.refuse()
         return result
-
-    def _components(self) -> dict[str, tuple[str, ...]] | None:
-        """The components of this family; of all families where the family is itself a fault."""
-        family, families = self.data.get("family"), self.known.families
-        if isinstance(family, str) and family in families:
-            return dict(families[family])
-        return {name: fields for components in families.values() for name, fields in components.items()} or None
-
-    def _is_unknown_name(self, place: Place) -> bool:
-        """True where `_table_faults` speaks of this place in better words."""
-        names = self._components()
-        if names is None or len(place) < 2:
-            return False
-        fields = VerifyRecipe.model_fields if place[0] == "verify" else ()
-        return place[0] in ("components", "verify") and place[1] not in names and place[1] not in fields
-
-    def _table_faults(self) -> Iterator[tuple[Place, str]]:
-        """Names of components, fields a component does not understand, and options of backends."""
-        names = self._components()
-        components, verify = self.data.get("components"), self.data.get("verify")
-        components = components if isinstance(components, dict) else {}
-        if names is not None:
-            for name, own in components.items():
-                if name not in names:
-                    yield ("components", name), f"unknown component '{name}'{did_you_mean(name, names)}"
-                elif isinstance(own, dict) and own.get("clip_skip") is not None and "clip_skip" not in names[name]:
-                    takers = [c for c, fields in names.items() if "clip_skip" in fields]
-                    yield (
-                        ("components", name, "clip_skip"),
-                        f"{name} has no clip_skip; it belongs to {', '.join(takers) or 'no component'}",
-                    )
-            for name in verify if isinstance(verify, dict) else ():
-                if name not in names and name not in VerifyRecipe.model_fields:
-                    yield (
-                        ("verify", name),
-                        f"unknown field '{name}'{did_you_mean(name, (*VerifyRecipe.model_fields, *names))}",
-                    )
-        top = self.data.get("backend")
-        yield from self._option_faults(("build",), top, self.data.get("build"))
-        for name, own in components.items():
-            if isinstance(own, dict):
-                yield from self._option_faults(
-                    ("components", name, "build"), own.get("backend") or top, own.get("build")
-                )
-
-    def _option_faults(self, place: Place, backend: Any, options: Any) -> Iterator[tuple[Place, str]]:
-        model = self.known.backends.get(backend) if isinstance(backend, str) else None
-        if model is None or not isinstance(options, dict):
-            return
-        try:
-            model.model_validate(options)
-        except ValidationError as error:
-            for item in error.errors(include_url=False):
-                where = (*place, *item["loc"])
-                yield where, words(item, where, model)
 
 
 def _sound(data: dict[str, Any], faulty: set[Place]) -> dict[str, Any]:
@@ -295,57 +230,6 @@ def place_of(loc: tuple[Any, ...], data: Any) -> Place:
             here = here[key]
             place.append(key)
     return tuple(place)
-
-
-def words(item: Any, place: Place, options: type[BaseModel] | None = None) -> str:
-    """One pydantic error in our words."""
-    kind, value, key = item["type"], item.get("input"), str(place[-1]) if place else ""
-    if kind == "missing":
-        return f"missing field '{key}'"
-    if kind == "extra_forbidden":
-        return f"unknown field '{key}'{did_you_mean(key, _siblings(place, options))}"
-    if kind == "sdcompile":
-        return str(item["ctx"]["text"])
-    if kind == "literal_error":
-        if place == ("version",):
-            return f"this sdcompile reads recipes of version 1, got {shown(value)}"
-        choices = PRECISIONS if key == "precision" else tuple(re.findall(r"'([^']+)'", item["ctx"]["expected"]))
-        near = did_you_mean(value, choices) if isinstance(value, str) else ""
-        return f"{shown(value)} is not one of {', '.join(choices)}{near if near.endswith('?') else ''}"
-    limits = {
-        "greater_than_equal": ("ge", "at least"),
-        "less_than_equal": ("le", "at most"),
-        "greater_than": ("gt", "more than"),
-        "less_than": ("lt", "less than"),
-    }
-    if kind in limits:
-        name, words = limits[kind]
-        return f"{shown(value)} is out of range: it must be {words} {item['ctx'][name]}"
-    if kind == "too_short":
-        return "expected at least one entry"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"expected a mapping, got {_kind(value)}"
-    if kind in ("tuple_type", "list_type"):
-        return f"expected a list, got {_kind(value)}"
-    return f"{item['msg'][:1].lower()}{item['msg'][1:]}, got {shown(value)}"
-
-
-def _siblings(place: Place, options: type[BaseModel] | None) -> tuple[str, ...]:
-    if options is not None:
-        return tuple(options.model_fields)
-    if len(place) == 1:
-        return tuple(Recipe.model_fields)
-    if place[0] == "components":
-        return tuple(ComponentRecipe.model_fields)
-    if place[0] == "verify" and len(place) == 3:
-        return tuple(FloorRecipe.model_fields)
-    section = _SECTIONS.get(str(place[0]))
-    return tuple(section.model_fields) if section else ()
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", type(None): "nothing"}
-    return names.get(type(value)) or shown(value)
 
 
 def _by_line(row: tuple[str, str, str]) -> tuple[bool, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sdcompile.recipe.model import Known, Recipe, VerifyRecipe, known_names
+from sdcompile.recipe.known import Known, known_names
+from sdcompile.recipe.model import Recipe
+from sdcompile.recipe.sections import VerifyRecipe
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -39,7 +41,32 @@ def schema(known: Known | None = None) -> dict[str, Any]:
     floors = {name: {"$ref": "#/$defs/FloorRecipe"} for name in components if name not in VerifyRecipe.model_fields}
     parts["VerifyRecipe"]["properties"].update(floors)
     parts["VerifyRecipe"]["additionalProperties"] = False
+    _add_passes(parts, known)
     return result
+
+
+def _add_passes(parts: dict[str, Any], known: Known) -> None:
+    """Parameters of passes, as the tables have them: `prune` by pass, `quantize` of every quantization pass."""
+    prune = {name: _inlined(model.model_json_schema()) for name, model in known.prune.items()}
+    parts["ComponentRecipe"]["properties"]["prune"] |= {"properties": prune, "additionalProperties": False}
+    for model in dict.fromkeys(model for row in known.quantize.values() for model in row.values()):
+        parts["QuantizeRecipe"]["properties"] |= _inlined(model.model_json_schema())["properties"]
+    parts["QuantizeRecipe"]["additionalProperties"] = False
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with its own `$defs` put where they are referred to."""
+    parts = schema.pop("$defs", {})
+
+    def put(value: Any) -> Any:
+        if isinstance(value, dict):
+            name = str(value.get("$ref", "")).removeprefix("#/$defs/")
+            rest = {key: put(item) for key, item in value.items() if key != "$ref"}
+            return {**put(parts[name]), **rest} if name in parts else rest
+        return [put(item) for item in value] if isinstance(value, list) else value
+
+    inlined: dict[str, Any] = put(schema)
+    return inlined
 
 
 _STARTER = """\

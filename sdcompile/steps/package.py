@@ -16,6 +16,7 @@ from typing import Any
 
 from sdcompile import __version__, bundle, machine
 from sdcompile.files import link, link_tree
+from sdcompile.passes.base import read_effect
 from sdcompile.spec import Job
 from sdcompile.steps.report import reports as combined
 
@@ -31,7 +32,8 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Assemble the bundle in `out`.
 
     inputs: engine.<component>, report.<component> (absent for backends that cannot be verified),
-    tokenizer, tables. job.params: recipe, source, facts, components, defaults, fallbacks.
+    pass.<component>.<op> for each pass, tokenizer, tables. job.params: recipe, source, facts, components,
+    defaults, fallbacks.
     """
     params = job.params
     reports = {
@@ -64,7 +66,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         host={**machine.identity(), "system": platform.platform(), "python": platform.python_version()},
         facts=params["facts"],
         shapes={letter: (bounds.min, bounds.opt, bounds.max) for letter, bounds in job.shapes.items()},
-        components={name: _component(name, params, reports.get(name)) for name in params["components"]},
+        components={name: _component(name, params, reports.get(name), inputs) for name in params["components"]},
         tokenizer=bundle.TokenizerEntry(
             file="tokenizer/tokenizer.json",
             **json.loads((inputs["tokenizer"] / "entry.json").read_text(encoding="utf-8")),
@@ -84,7 +86,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     bundle.write(out, manifest)
 
 
-def _component(name: str, params: Mapping[str, Any], report: Mapping[str, Any] | None) -> bundle.ComponentEntry:
+def _component(
+    name: str, params: Mapping[str, Any], report: Mapping[str, Any] | None, inputs: Mapping[str, Path]
+) -> bundle.ComponentEntry:
     entry = params["components"][name]
     note = params.get("fallbacks", {}).get(name)
     return bundle.ComponentEntry(
@@ -94,6 +98,11 @@ def _component(name: str, params: Mapping[str, Any], report: Mapping[str, Any] |
         spec=entry["spec"],
         facts=dict(report["facts"]) if report else {},
         verification=_figures(report) if report else {},
+        effects=[
+            {"pass": op, **effect}
+            for op in entry.get("passes", ())
+            if (effect := read_effect(inputs[f"pass.{name}.{op}"])) is not None
+        ],
         notes=[note] if note else [],
     )
 

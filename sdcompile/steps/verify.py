@@ -17,9 +17,9 @@ from sdcompile import metrics
 from sdcompile.backends import BACKENDS, Backend, Engine, Host
 from sdcompile.backends.base import read_card
 from sdcompile.errors import StageError
+from sdcompile.samples import Sample, Samples
 from sdcompile.spec import PIPELINE, Job, Say, say_nothing
 from sdcompile.steps.report import write
-from sdcompile.steps.samples import Sample, Samples
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

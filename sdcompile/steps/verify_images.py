@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdcompile import metrics
+from sdcompile import metrics, samples
 from sdcompile.backends import BACKENDS, Engine, Host
 from sdcompile.backends.base import read_card
 from sdcompile.runtime import load
 from sdcompile.runtime.images import pil_from_pixels
 from sdcompile.runtime.pipeline import Pipeline
 from sdcompile.spec import PIPELINE, Job, Precision, Say, say_nothing
-from sdcompile.steps import samples
-from sdcompile.steps.record import Trajectory, model_of
+from sdcompile.steps.reference import Trajectory, model_of
 from sdcompile.steps.report import write
 
 if TYPE_CHECKING:

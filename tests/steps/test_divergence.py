@@ -198,7 +198,8 @@ def test_a_missed_floor_is_a_report_that_names_the_layer(checkpoint, onnx_folder
     """End to end: verify on a damaged engine says passed: false, keeps the worst input and names the module."""
     from sdcompile.backends import BACKENDS
     from sdcompile.backends.base import Host, card_from_job, write_card
-    from sdcompile.steps import report, samples, verify
+    from sdcompile.samples import Writer
+    from sdcompile.steps import report, verify
 
     reference = tmp_path / "reference"
     (reference / "checkpoint").mkdir(parents=True)
@@ -208,13 +209,13 @@ def test_a_missed_floor_is_a_report_that_names_the_layer(checkpoint, onnx_folder
     engine = BACKENDS["reference"].open(reference, Host())
     recorded = tmp_path / "samples"
     recorded.mkdir()
-    answers = {f"000.in.{k}": v for k, v in feeds.items()} | {f"000.out.{k}": v for k, v in engine(feeds).items()}
-    samples.write_arrays(recorded, "unet", answers)
     told = {
-        "id": "000", "component": "unet", "prompt": "a red circle", "negative_prompt": "", "step": 3,
+        "prompt": "a red circle", "negative_prompt": "", "step": 3,
         "timestep": 500.0, "region": "mid", "shape": "opt",
     }  # fmt: skip
-    samples.write_index(recorded, [told], [], 0)
+    writer = Writer(recorded)
+    writer.add("unet", told, feeds, engine(feeds))
+    writer.index([])
 
     reports = {}
     forms = {"sound": onnx_folder, "broken": damaged(onnx_folder, tmp_path / "onnx", CONV, one_weight_off)}

@@ -110,13 +110,12 @@ def index(folder: Path) -> dict:
 
 
 def test_only_the_samples_form_is_left_behind(recorded):
-    names = {f"{name}.safetensors" for name in (*COMPONENTS, "images")} | {"samples.json"}
-    assert {path.name for path in recorded.iterdir()} == names
-    assert sum(path.stat().st_size for path in recorded.iterdir()) < 4 << 20
+    assert {path.name for path in recorded.iterdir()} == {*COMPONENTS, "images.safetensors", "samples.json"}
+    assert sum(path.stat().st_size for path in recorded.rglob("*.*")) < 4 << 20
 
 
 def test_denoiser_samples_cover_every_region_shape_and_both_row_counts(recorded):
-    from sdcompile.steps.samples import Samples
+    from sdcompile.samples import Samples
 
     rows = [row for row in index(recorded)["samples"] if row["component"] == "unet"]
     assert {row["region"] for row in rows} == {"early", "mid", "late"}
@@ -134,7 +133,7 @@ def test_the_first_and_the_last_step_are_among_the_kept_ones(recorded):
 
 
 def test_the_told_timestep_is_what_the_denoiser_was_fed(recorded):
-    from sdcompile.steps.samples import Samples
+    from sdcompile.samples import Samples
 
     for sample in Samples(recorded, "unet"):
         assert (sample.feeds["timestep"] == np.float32(sample.told["timestep"])).all()
@@ -144,7 +143,7 @@ def test_recorded_outputs_are_the_torch_reference_s_own(recorded, inputs):
     import torch
 
     from sdcompile import checkpoint
-    from sdcompile.steps.samples import Samples
+    from sdcompile.samples import Samples
 
     for component in COMPONENTS:
         module = checkpoint.load("sd", component, inputs[FAMILY.folders[component]], {})
@@ -159,7 +158,7 @@ def test_recorded_outputs_are_the_torch_reference_s_own(recorded, inputs):
 
 def test_samples_lie_on_one_trajectory_that_ends_in_the_recorded_image(recorded, inputs):
     """The decoder was fed the final latents, and its answer is the image; the encoder was fed that image."""
-    from sdcompile.steps.samples import Samples, image_arrays
+    from sdcompile.samples import Samples, image_arrays
 
     rows = {row["id"]: row for row in index(recorded)["samples"] if row["component"] == "vae_decoder"}
     encoder = {s.told["trajectory"]: s for s in Samples(recorded, "vae_encoder")}
@@ -177,28 +176,29 @@ def test_samples_lie_on_one_trajectory_that_ends_in_the_recorded_image(recorded,
 def test_recording_again_gives_the_same_bytes_and_another_seed_gives_others(recorded, inputs, tmp_path):
     again = record_into(tmp_path / "again", inputs, recording_job(inputs))
     other = record_into(tmp_path / "other", inputs, recording_job(inputs, seed=6))
-    for path in recorded.iterdir():
-        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
-    assert (recorded / "unet.safetensors").read_bytes() != (other / "unet.safetensors").read_bytes()
+    for path in recorded.rglob("*.*"):
+        assert path.read_bytes() == (again / path.relative_to(recorded)).read_bytes(), path.name
+    first = Path("unet") / "000.safetensors"
+    assert (recorded / first).read_bytes() != (other / first).read_bytes()
 
 
 def test_static_sizes_are_recorded_once_guided_and_once_unguided(inputs, recorded):
     from dataclasses import replace
 
-    from sdcompile.steps import record
+    from sdcompile.steps import record, reference
 
     job = recording_job(inputs)
     static = {letter: type(bounds)(bounds.opt, bounds.opt, bounds.opt) for letter, bounds in job.shapes.items()}
-    model = record.model_of(job.params, inputs, job)
+    model = reference.model_of(job.params, inputs, job)
     planned = list(record.trajectories(job.params, replace(job, shapes=static).shapes, model))
     assert [(t.shape, t.guidance_scale > 1) for t in planned] == [("opt", True), ("opt", True), ("min", False)]
 
 
 def test_an_unguided_recipe_still_has_a_guided_trajectory(inputs):
-    from sdcompile.steps import record
+    from sdcompile.steps import record, reference
 
     job = recording_job(inputs, guidance_scale=1.0)
-    planned = list(record.trajectories(job.params, job.shapes, record.model_of(job.params, inputs, job)))
+    planned = list(record.trajectories(job.params, job.shapes, reference.model_of(job.params, inputs, job)))
     assert {t.guidance_scale > 1 for t in planned} == {True, False}
 
 
@@ -226,10 +226,10 @@ def test_kept_steps_lie_inside_their_regions(count):
 
 
 def reference_engines(inputs: dict[str, Path], job: Job, folder: Path) -> dict[str, Path]:
-    from sdcompile.steps import record
+    from sdcompile.steps import reference
 
     folder.mkdir()
-    return {name: made.folder for name, made in record._references(FAMILY, inputs, job, folder).items()}
+    return reference.build_references(FAMILY, inputs, job, folder)
 
 
 def images_report(engines: dict[str, Path], inputs: dict[str, Path], recorded: Path, job: Job, out: Path) -> dict:
@@ -330,8 +330,7 @@ def test_a_bundle_is_refused_when_it_no_longer_agrees_with_the_source(bundled, r
     from sdcompile.steps import verify
 
     other = Path(shutil.copytree(recorded, tmp_path / "other"))
-    answers = load_file(other / "unet.safetensors")
-    changed = {k: v * (np.float32(1.01) if ".out." in k else 1) for k, v in answers.items()}
-    save_file(changed, other / "unet.safetensors")
+    path = other / "unet" / "000.safetensors"
+    save_file({k: v * (np.float32(1.01) if k.startswith("out.") else 1) for k, v in load_file(path).items()}, path)
     found = verify.recheck(*bundled, other)
     assert [name for name, report in found.items() if not report["passed"]] == ["unet"]

@@ -15,9 +15,10 @@ from sdcompile import metrics
 from sdcompile.backends import BACKENDS, Host
 from sdcompile.backends.base import card_from_job, write_card
 from sdcompile.errors import StageError, VerifyError
+from sdcompile.samples import Writer
 from sdcompile.spec import ComponentSpec, Job, Range, TensorSpec
 from sdcompile.steps import report as reports
-from sdcompile.steps import samples, verify
+from sdcompile.steps import verify
 
 pytestmark = pytest.mark.tiny
 
@@ -62,18 +63,15 @@ def recorded(tmp_path) -> Path:
     folder = tmp_path / "samples"
     folder.mkdir()
     draw = np.random.default_rng(1)
-    arrays, rows = {}, []
-    for number, (shape, region, step, timestep, size) in enumerate(RECORDED):
-        name = f"{number:03d}"
+    writer = Writer(folder)
+    for shape, region, step, timestep, size in RECORDED:
         feeds = {"sample": draw.standard_normal(size).astype("f"), "timestep": np.full(size[0], timestep, "f")}
-        arrays |= {f"{name}.in.{k}": v for k, v in feeds.items()}
-        arrays |= {f"{name}.out.{k}": v for k, v in truth(feeds).items()}
-        rows.append({
-            "id": name, "component": "unet", "trajectory": "00", "prompt": "a red circle", "negative_prompt": "",
-            "step": step, "timestep": timestep, "region": region, "shape": shape,
-        })  # fmt: skip
-    samples.write_arrays(folder, "unet", arrays)
-    samples.write_index(folder, rows, [], 0)
+        told = {
+            "trajectory": "00", "prompt": "a red circle", "negative_prompt": "", "step": step, "timestep": timestep,
+            "region": region, "shape": shape,
+        }  # fmt: skip
+        writer.add("unet", told, feeds, truth(feeds))
+    writer.index([])
     return folder
 
 
@@ -201,7 +199,7 @@ def test_a_backend_without_onnx_says_why_no_layer_is_named(verified):
 
 
 def test_nothing_recorded_is_an_error_not_a_pass(verified, recorded):
-    samples.write_index(recorded, [], [], 0)
+    Writer(recorded).index([])
     with pytest.raises(StageError, match="nothing was recorded"):
         verified(truth)
 

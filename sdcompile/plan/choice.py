@@ -1,0 +1,93 @@
+"""What one component is built with: backend, precision, passes; and why it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sdcompile.backends import BACKENDS, Backend
+from sdcompile.families import Family
+from sdcompile.passes import PASSES, Pass, quantization
+from sdcompile.recipe import AcceptRecipe, Recipe
+from sdcompile.spec import Precision
+
+
+class Planned(NamedTuple):
+    """A pass and everything its `run` is told of by the recipe, defaults included."""
+
+    record: Pass
+    params: dict[str, Any]
+
+    @property
+    def calibrates(self) -> bool:
+        return self.record.calibrates(self.record.params.model_validate(self.params))
+
+
+class Choice(NamedTuple):
+    """`params` are those of the torch module and the engine; `passes` stand in the order in which they run;
+    `rest` is the precision of what int8 leaves unquantized ("" for other precisions)."""
+
+    backend: Backend
+    precision: Precision
+    params: dict[str, Any]
+    passes: tuple[Planned, ...]
+    rest: Precision | None = None
+    accept_if: AcceptRecipe | None = None
+
+    @property
+    def module_params(self) -> dict[str, Any]:
+        """What building the torch module needs, but for the family."""
+        return {k: v for k, v in self.params.items() if k not in ("options", "family", "rest")}
+
+    @property
+    def pruned(self) -> bool:
+        """Is it another function than the source's, so that the defaults of a precision do not apply?"""
+        return any(p.record.stage == "prune" for p in self.passes)
+
+    @property
+    def calibrates(self) -> bool:
+        return any(p.calibrates for p in self.passes)
+
+
+def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str, faults: list[str]) -> Choice:
+    """What `name` is built with; adds to `faults` what cannot be."""
+    chosen = recipe.effective(name)
+    backend, precision = BACKENDS[chosen.backend], chosen.precision
+    own = recipe.components.get(name)
+    if precision not in backend.realises:
+        where = f"components.{name}.precision" if own and own.precision else "precision"
+        faults.append(
+            f"{where}: {backend.name} cannot make {precision} of {name}: it makes {', '.join(backend.realises)}"
+        )
+    quantized = configs.get(family.folders[name], {}).get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
+        faults.append(f"source: its {family.folders[name]} is already quantized ({method}); name the original weights")
+    params = {
+        "family": family.name, "options": backend.options(**chosen.build).model_dump(mode="json"), **chosen.params,
+    }  # fmt: skip
+    pruning = recipe.pruning(name)
+    if pruning and name != family.denoiser:
+        faults.append(
+            f"components.{name}.prune: passes of the prune stage are for {family.denoiser}; {name} has no attention "
+            "heads, resnets or blocks they know"
+        )
+    passes = [_planned(PASSES[p], pruning[p]) for p in PASSES if p in pruning]
+    names = backend.realises.get(precision, ())
+    quantizer, quantize = quantization(names), recipe.quantizing(name)
+    passes += [
+        _planned(PASSES[p], {**backend.quantize, **quantize.params} if PASSES[p] is quantizer else {}) for p in names
+    ]
+    if quantizer is None:
+        return Choice(backend, precision, params, tuple(passes))
+    rest: Precision = quantize.rest or backend.rest
+    if rest not in backend.realises:
+        where = f"components.{name}.quantize.rest" if own and own.quantize and own.quantize.rest else "quantize.rest"
+        faults.append(f"{where}: {backend.name} cannot make {rest} of {name}: it makes {', '.join(backend.realises)}")
+    passes += [_planned(PASSES[p], {}) for p in backend.realises.get(rest, ())]
+    return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, quantize.accept_if)
+
+
+def _planned(record: Pass, params: Mapping[str, Any]) -> Planned:
+    given = {key: value for key, value in params.items() if value is not None}
+    return Planned(record, record.params.model_validate(given).model_dump(mode="json"))

@@ -1,0 +1,55 @@
+"""The last step: what the bundle is told of how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdcompile.plan.choice import Choice
+from sdcompile.plan.draft import Draft
+from sdcompile.plan.verification import default_size
+from sdcompile.recipe import Recipe, dump
+from sdcompile.spec import PIPELINE, Shapes
+
+
+def package(
+    draft: Draft,
+    recipe: Recipe,
+    chosen: Mapping[str, Choice],
+    facts: Mapping[str, Any],
+    shapes: Shapes,
+    engines: Mapping[str, str],
+    reports: Mapping[str, str],
+    effects: Mapping[str, tuple[str, ...]],
+    shared: Mapping[str, str],
+    fallbacks: Mapping[str, str],
+) -> None:
+    """The bundle. effects: component -> the pass steps on its road; shared: tokenizer and tables."""
+    source = draft.source
+    params = {
+        # What the source is, not where it lies: a path would tie the bundle to a machine.
+        "recipe": {**dump(recipe), "source": source.id},
+        "source": {
+            "id": source.id, "kind": source.kind, "revision": source.revision, "licence": source.licence,
+            "files": {path: f.sha256 for path, f in source.files.items()},
+        },
+        "facts": facts,
+        "fallbacks": dict(fallbacks),
+        "components": {
+            name: {"backend": choice.backend.name, "precision": choice.precision, "params": choice.params,
+                   "spec": draft.steps[engines[name]].parts["spec"],
+                   "passes": [draft.steps[step].op for step in effects[name]]}
+            for name, choice in chosen.items()
+        },
+        "defaults": {
+            "sampler": recipe.default_sampler,
+            "num_inference_steps": recipe.defaults.num_inference_steps,
+            "guidance_scale": recipe.defaults.guidance_scale,
+            "negative_prompt": recipe.defaults.negative_prompt,
+            **default_size(recipe, shapes),
+        },
+    }  # fmt: skip
+    inputs = {f"engine.{name}": engines[name] for name in chosen}
+    inputs |= {f"pass.{name}.{draft.steps[step].op}": step for name, steps in effects.items() for step in steps}
+    inputs |= {f"report.{name}": step for name, step in reports.items()}
+    draft.add(PIPELINE, "bundle", {**inputs, **shared}, params, shapes=shapes, disk=4 << 20)

@@ -1,0 +1,172 @@
+"""Steps that run the fp32 reference: recordings to verify with, samples to calibrate with, and the reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sdcompile import metrics
+from sdcompile.models import general_prompts
+from sdcompile.plan import memory
+from sdcompile.plan.choice import Choice
+from sdcompile.plan.draft import Draft
+from sdcompile.recipe import Recipe
+from sdcompile.spec import PIPELINE, ComponentSpec, Shapes
+
+if TYPE_CHECKING:
+    from sdcompile.steps.layout import Source
+
+VERIFY_PROMPTS = (
+    "a photograph of an old lighthouse on a cliff at sunset, waves breaking below",
+    "a watercolour portrait of a woman in a green coat, soft light, plain background",
+    "isometric drawing of a small city with trams, trees and red roofs, high detail",
+)
+_TINY = "builtin:tiny"
+
+
+def calibration(
+    draft: Draft,
+    recipe: Recipe,
+    chosen: Mapping[str, Choice],
+    shapes: Shapes,
+    inputs: Mapping[str, str],
+    faults: list[str],
+) -> str | None:
+    """The step that records samples for passes that want some; None when none does.
+
+    Adds to `faults` what would let verification see what passes were fitted to.
+    """
+    wanted = [name for name, choice in chosen.items() if choice.calibrates]
+    if not wanted:
+        return None
+    own = recipe.calibrate
+    prompts = recipe.calibration_prompts() or _calibration_prompts(draft.source)
+    seen = sorted(set(prompts) & set(_verify_prompts(recipe, draft.source)))
+    if seen:
+        faults.append(
+            f"calibrate.prompts: {seen[0]!r} is also one of verify.prompts; verification must not see what passes "
+            "were fitted to"
+        )
+    if own.seed <= recipe.verify.seed < own.seed + own.images or (
+        recipe.verify.seed <= own.seed < recipe.verify.seed + _VERIFY_SEEDS
+    ):
+        faults.append(
+            f"calibrate.seed: {own.seed} to {own.seed + own.images - 1} overlap the seeds of verification, which "
+            f"start at verify.seed {recipe.verify.seed}"
+        )
+    params = {
+        **_reference(draft, recipe, chosen, shapes),
+        "record": wanted,
+        "prompts": list(prompts[: own.images]),
+        **own.model_dump(include={"seed", "images", "num_inference_steps", "max_samples"}),
+    }
+    return draft.add(
+        PIPELINE, "calibrate", inputs, params, shapes=shapes,
+        memory=_reference_bytes(draft, chosen), disk=1 << 30,
+    )  # fmt: skip
+
+
+_VERIFY_SEEDS = 64
+"""Seeds kept for verification: more trajectories than it runs."""
+
+
+def verification(
+    draft: Draft,
+    recipe: Recipe,
+    chosen: Mapping[str, Choice],
+    specs: Mapping[str, ComponentSpec],
+    shapes: Shapes,
+    forms: Mapping[str, Mapping[str, str]],
+    engines: Mapping[str, str],
+    inputs: Mapping[str, str],
+) -> dict[str, str]:
+    """Reference recordings, one report per engine, one for whole images; returns component -> report step.
+
+    forms: component -> {"checkpoint", "onnx"}: what its engine was made of. inputs: those of the recording.
+    """
+    if not all(choice.backend.verifiable for choice in chosen.values()):
+        return {}
+    verify = recipe.verify
+    recording = {
+        **_reference(draft, recipe, chosen, shapes),
+        "prompts": list(_verify_prompts(recipe, draft.source)),
+        "seed": verify.seed,
+        "num_inference_steps": verify.num_inference_steps,
+    }
+    # One module or engine at a time is open, and its activations.
+    largest = _reference_bytes(draft, chosen)
+    record = draft.add(PIPELINE, "record", inputs, recording, shapes=shapes, memory=largest, disk=64 << 20)
+    reports = {
+        name: draft.add(
+            name, "engine",
+            {"engine": engines[name], "samples": record, **forms[name]},
+            {**choice.params, "backend": choice.backend.name, "floor": _floor(recipe, name, choice)},
+            spec=specs[name], shapes=shapes, precision=choice.precision,
+            memory=draft.steps[engines[name]].memory_bytes,
+        )
+        for name, choice in chosen.items()
+    }  # fmt: skip
+    reports[PIPELINE] = draft.add(
+        PIPELINE, "images",
+        {**engines, **{role: inputs[role] for role in ("tokenizer", "tables")}, "samples": record},
+        {
+            **recording, "backends": {name: choice.backend.name for name, choice in chosen.items()},
+            "min_psnr_db": _image_floor_db(recipe, chosen),
+        },
+        shapes=shapes, memory=largest,
+    )  # fmt: skip
+    return reports
+
+
+def default_size(recipe: Recipe, shapes: Shapes) -> dict[str, int]:
+    return {"height": recipe.defaults.height or shapes["H"].opt, "width": recipe.defaults.width or shapes["W"].opt}
+
+
+def _reference(draft: Draft, recipe: Recipe, chosen: Mapping[str, Choice], shapes: Shapes) -> dict[str, Any]:
+    """What every run of the reference is told of the model."""
+    return {
+        "family": draft.family.name,
+        "facts": draft.family.facts(draft.source.configs),
+        "components": {name: choice.module_params for name, choice in chosen.items()},
+        "guidance_scale": recipe.defaults.guidance_scale,
+        "sampler": recipe.default_sampler,
+        "size": default_size(recipe, shapes),
+    }
+
+
+def _reference_bytes(draft: Draft, chosen: Mapping[str, Choice]) -> int:
+    return memory.needed(memory.RECORD, max(draft.source.fp32_bytes(draft.family.folders[name]) for name in chosen))
+
+
+def _floor(recipe: Recipe, name: str, choice: Choice) -> dict[str, float]:
+    own = recipe.verify.floors.get(name)
+    base = metrics.PRUNED if choice.pruned else metrics.FLOORS[choice.precision]
+    return {
+        "min_snr_db": base.min_snr_db if own is None or own.min_snr_db is None else own.min_snr_db,
+        "min_cosine": base.min_cosine if own is None or own.min_cosine is None else own.min_cosine,
+    }
+
+
+def _image_floor_db(recipe: Recipe, chosen: Mapping[str, Choice]) -> float:
+    if recipe.verify.min_image_psnr_db is not None:
+        return recipe.verify.min_image_psnr_db
+    if any(choice.pruned for choice in chosen.values()):
+        return metrics.PRUNED_IMAGE_DB
+    return min(metrics.IMAGE_FLOORS_DB[choice.precision] for choice in chosen.values())
+
+
+def _verify_prompts(recipe: Recipe, source: Source) -> tuple[str, ...]:
+    if recipe.verify.prompts:
+        return recipe.verify.prompts
+    return _tiny_prompts(3, "held_out") if source.id == _TINY else VERIFY_PROMPTS
+
+
+def _calibration_prompts(source: Source) -> tuple[str, ...]:
+    return _tiny_prompts(256, "train") if source.id == _TINY else general_prompts()
+
+
+def _tiny_prompts(count: int, split: str) -> tuple[str, ...]:
+    from sdcompile.models import tiny
+
+    # Not one prompt twice: each shows something new.
+    return tuple(dict.fromkeys(tiny.prompts(count, seed=0, split=split)))

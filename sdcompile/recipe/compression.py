@@ -1,0 +1,123 @@
+"""What a recipe says of making a model smaller: pruning, calibration, quantization.
+
+The parameters of each pass are the pass's own (`PASSES[...].params`); this file holds only what the
+plan itself must know. It knows no pass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from sdcompile.errors import RecipeError
+from sdcompile.recipe.fields import MAX_STEPS, Number, Part, String, Whole, fault, shown
+
+PruneParams = dict[str, dict[str, Any]]
+"""Name of a pass of the prune stage -> its parameters."""
+
+Rest = Literal["fp32", "fp16", "bf16"]
+
+
+def _nonempty(prompt: str) -> str:
+    if not prompt.strip():
+        raise fault("an empty prompt shows calibration nothing; write one, or leave `prompts` out for built in ones")
+    return prompt
+
+
+Prompt = Annotated[String, AfterValidator(_nonempty)]
+
+
+class CalibrateRecipe(Part):
+    """Denoising trajectories of the fp32 reference from which passes take their samples: never those of `verify`."""
+
+    prompts: tuple[Prompt, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Prompts to record: a list, or `prompts_file`. Unset = built in ones (more than 128).",
+    )
+    prompts_file: String | None = Field(
+        default=None, description="A text file with one prompt per line; relative paths as for `source`."
+    )
+    seed: Annotated[Whole, Field(ge=0, lt=1 << 63)] = Field(
+        default=1 << 20, description="Seed of the first image; each further image has the next one."
+    )
+    images: Annotated[Whole, Field(ge=4, le=4096)] = Field(
+        default=32,
+        description="Trajectories to run, over the prompts in order. One in four is unguided, "
+        "and one in four is held out: passes are judged by it and never fitted to it.",
+    )
+    num_inference_steps: Annotated[Whole, Field(ge=1, le=MAX_STEPS)] = Field(
+        default=10, description="Denoising steps of each."
+    )
+    max_samples: Annotated[Whole, Field(ge=4, le=100_000)] = Field(
+        default=128, description="Calls to keep of each component, spread evenly over trajectories and timesteps."
+    )
+
+    @model_validator(mode="after")
+    def _one_list(self) -> CalibrateRecipe:
+        if self.prompts is not None and self.prompts_file is not None:
+            raise fault("prompts and prompts_file are both given; leave one of them out")
+        return self
+
+
+class AcceptRecipe(Part):
+    """What the quantized engine must bring on this machine to be kept."""
+
+    speedup: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None,
+        description="Least ratio of processor time, unquantized over quantized; below it the component is built "
+        "unquantized (in `rest`) and the bundle says so.",
+    )
+
+
+class QuantizeRecipe(Part):
+    """How components of precision int8 are quantized; further fields are those of the quantization pass."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    rest: Rest | None = Field(
+        default=None, description="Precision of what stays unquantized. Unset = the backend's choice."
+    )
+    accept_if: AcceptRecipe | None = Field(
+        default=None, description="When the quantized engine is kept. Unset: always."
+    )
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The fields of the quantization pass that are set here."""
+        return {k: v for k, v in (self.model_extra or {}).items() if v is not None}
+
+    def over(self, default: QuantizeRecipe) -> QuantizeRecipe:
+        """These fields, and those of `default` where one is not set here."""
+        return QuantizeRecipe.model_validate({**_set(default), **_set(self)})
+
+
+def _set(part: QuantizeRecipe) -> dict[str, Any]:
+    return {name: value for name, value in part.model_dump().items() if value is not None}
+
+
+def prune_value(value: Any) -> Any:
+    """`prune: {heads: }` means the pass `heads` with all its defaults."""
+    if not isinstance(value, dict):
+        return value
+    return {name: {} if params is None else params for name, params in value.items()}
+
+
+def prompts_of(part: CalibrateRecipe, path: Path | None, where: str) -> tuple[str, ...] | None:
+    """The prompts to calibrate with; None = the built in ones. `path` is `prompts_file` as a path.
+
+    Raises RecipeError, with the place `where`, when the file cannot be read or holds no prompt.
+    """
+    if path is None:
+        return part.prompts
+    at = f"{where}: calibrate.prompts_file" if where else "calibrate.prompts_file"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{at}: cannot read {shown(str(path))}: {error}", "name a UTF-8 text file") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise RecipeError(f"{at}: {path} holds no prompt", "write one prompt per line")
+    return prompts

@@ -1,0 +1,101 @@
+"""What passes are fitted to and judged by: the reference's feeds and answers on many trajectories.
+
+Never those that `record` verifies with: other prompts and other seeds, which the plan holds it to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdcompile.runtime.model import Model
+from sdcompile.samples import Writer
+from sdcompile.spec import Job
+from sdcompile.steps.reference import GUIDED, Call, Trajectory, model_of, nearest, play
+
+# Multiples of the golden ratio's fraction fill [0, 1) evenly, however many are taken.
+_GOLDEN = 0.6180339887498949
+
+
+def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
+    """Write the samples form (see `sdcompile.samples`) of the components in job.params["record"] into `out`.
+
+    inputs and job.params as for `record`, and: images (trajectories to run), max_samples (calls to keep
+    of each component). Of every four trajectories one is unguided, and one (another one) is held out;
+    of every eight one has the min and one the max shape. Kept calls are spread evenly over trajectories
+    and timesteps. The same inputs give the same bytes on one machine.
+    """
+    params = job.params
+    model = model_of(params, inputs, job)
+    planned = list(trajectories(params, job.shapes, model))
+    keeping = _Keeping(Writer(out), frozenset(params["record"]), params["max_samples"], len(planned), params["seed"])
+    for _trajectory, _arrays in play(inputs, job, model, planned, keeping, out):
+        pass
+    keeping.writer.index([asdict(t) for t in planned])
+
+
+def trajectories(params: Mapping[str, Any], shapes: Mapping[str, Any], model: Model) -> Iterator[Trajectory]:
+    """`images` pipeline calls, each with the next prompts and the next seed."""
+    prompts, scale = params["prompts"], float(params["guidance_scale"])
+    steps = nearest(model.samplers[params["sampler"]].num_inference_steps, params["num_inference_steps"])
+    takes_scale_as_input = bool(params["facts"].get("time_cond_proj_dim"))
+    guided = scale if scale > 1 or takes_scale_as_input else GUIDED
+    usual = scale if scale > 1 else 1.0
+    taken = 0
+    for number in range(min(params["images"], params["max_samples"])):
+        shape = {2: "min", 5: "max"}.get(number % 8, "opt")
+        batch, height, width = (getattr(shapes[letter], shape) for letter in "BHW")
+        # An unguided recipe is mostly fed unguided rows, and still must bear guided ones.
+        guidance = (1.0 if usual > 1 else guided) if number % 4 == 1 else usual
+        yield Trajectory(
+            id=f"{number:03d}",
+            prompts=tuple(prompts[(taken + k) % len(prompts)] for k in range(batch)),
+            negative_prompt="",
+            seed=params["seed"] + number,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            sampler=params["sampler"],
+            height=height,
+            width=width,
+            shape=shape,
+        )
+        taken += batch
+
+
+def held_out(trajectory: int) -> bool:
+    """Every fourth trajectory, from the fourth on; of two or three the last."""
+    return trajectory % 4 == 3
+
+
+def kept_steps(steps: int, trajectory: int, trajectories: int, max_samples: int, seed: int) -> frozenset[int]:
+    """Steps to keep of one trajectory so that at most `max_samples` are kept of all, evenly over time.
+
+    Each trajectory's share is cut into equal stretches of time and shifted by its own fraction of one.
+    """
+    share = ((trajectory + 1) * max_samples) // trajectories - (trajectory * max_samples) // trajectories
+    if share >= steps:
+        return frozenset(range(steps))
+    shift = ((trajectory + 1) * _GOLDEN + np.random.default_rng(seed).random()) % 1
+    return frozenset(int((k + shift) * steps / share) for k in range(share))
+
+
+@dataclass
+class _Keeping:
+    writer: Writer
+    components: frozenset[str]
+    max_samples: int
+    trajectories: int
+    seed: int
+
+    def __call__(self, call: Call) -> None:
+        if call.component not in self.components:
+            return
+        number, steps = int(call.trajectory.id), call.steps if call.step is not None else 1
+        kept = kept_steps(steps, number, self.trajectories, self.max_samples, self.seed)
+        if (call.step or 0) in kept:
+            told = {**call.told, "held_out": held_out(number)}
+            self.writer.add(call.component, told, call.feeds, call.outputs)
