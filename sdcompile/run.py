@@ -30,6 +30,7 @@ from sdcompile.spec import PIPELINE, Job, Say, Stage, say_nothing
 from sdcompile.steps import OPS
 
 if TYPE_CHECKING:
+    from sdcompile.bundle import Manifest
     from sdcompile.console import Observer
     from sdcompile.steps.layout import Source
     from sdcompile.store import Store
@@ -66,10 +67,11 @@ def this_machine() -> Machine:
 def prepare(path: Path, sets: tuple[str, ...], store: Store, *, offline: bool) -> Build:
     """Read the recipe, describe its source and lay out the whole plan."""
     recipe = load(path, sets)
-    return _lay_out(recipe, recipe.base(), store, offline=offline)
+    return lay_out(recipe, recipe.base(), store, offline=offline)
 
 
-def _lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build:
+def lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build:
+    """Describe the source of `recipe`, whose relative paths start at `base`, and plan every step."""
     from sdcompile.steps import fetch
 
     family = FAMILIES[recipe.family]
@@ -336,6 +338,17 @@ def outcome(work: Build, paths: Mapping[str, Path], placed: Path | None) -> dict
     }
 
 
+def source_of(folder: Path, manifest: Manifest, named: str | None) -> str:
+    """The source a bundle can be compared with: `named`, or what its manifest says.
+
+    Raises RecipeError when only the builder of the bundle has its source.
+    """
+    source: str = named or manifest.recipe["source"]
+    if source.startswith(("folder:", "file:")):
+        raise RecipeError(f"{folder} was built from {source}, which only its builder has", "name it: --source FOLDER")
+    return source
+
+
 def verify_bundle(
     folder: Path, source: str | None, store: Store, observer: Observer, *, offline: bool
 ) -> dict[str, Any]:
@@ -349,11 +362,9 @@ def verify_bundle(
 
     manifest = bundle.read(folder)
     bundle.check(folder, manifest)
-    source = source or manifest.recipe["source"]
-    if source.startswith(("folder:", "file:")):
-        raise RecipeError(f"{folder} was built from {source}, which only its builder has", "name it: --source FOLDER")
+    source = source_of(folder, manifest, source)
     recipe = Recipe.model_validate({**manifest.recipe, "source": source}, context=known_names())
-    work = _lay_out(recipe, Path.cwd(), store, offline=offline)
+    work = lay_out(recipe, Path.cwd(), store, offline=offline)
     plan = work.plan.until("verify")
     records = [step.name for step in plan if step.op == "record"]
     if not records:

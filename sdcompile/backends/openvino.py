@@ -342,7 +342,7 @@ class OpenVinoEngine:
 
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": _TYPES[self._hint],
+            "INFERENCE_PRECISION_HINT": _TYPES[self._runnable_hint()],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": self._card.options.get("streams", 1),
         }
@@ -353,6 +353,15 @@ class OpenVinoEngine:
         if self._cached:
             settings["CACHE_DIR"] = str(self._host.cache)
         return settings
+
+    def _runnable_hint(self) -> str:
+        """The hint, but fp32 for an fp16 this CPU has no units for.
+
+        Where a CPU has bf16 units alone, OpenVINO (2026.4) would take bf16 for fp16, which is eight
+        times coarser than what was asked for.
+        """
+        units = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "fp32" if self._hint == "fp16" and "FP16" not in units else self._hint
 
     def _facts_of(self, compiled: ov.CompiledModel) -> dict[str, Any]:
         computed = _NAMES[compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()]
