@@ -364,7 +364,9 @@ def test_recovery_that_brings_nothing_keeps_the_weights(source, samples, tmp_pat
 
 def test_where_nothing_was_lost_nothing_is_trained(source, samples, tmp_path):
     found = run("recover", source, tmp_path / "out", samples, teacher=source)
-    assert found["steps"] == [{"step": 0, "snr_db": 200.0}]
+    (exam,) = found["steps"]
+    assert exam["step"] == 0
+    assert exam["snr_db"] > 100
     before, after = tensors(source), tensors(tmp_path / "out")
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
