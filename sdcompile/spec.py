@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-Kind = Literal["checkpoint", "onnx", "engine", "tokenizer", "tables", "samples", "report", "bundle"]
+Kind = Literal["checkpoint", "onnx", "engine", "tokenizer", "tables", "samples", "report", "race", "bundle"]
 Stage = Literal["fetch", "prune", "export", "calibrate", "quantize", "compile", "verify", "package"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 

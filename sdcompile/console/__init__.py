@@ -119,6 +119,11 @@ def show_manifest(bundle: Path, manifest: Mapping[str, Any], digest: str, *, jso
     _show("bundle", {"path": str(bundle), "digest": digest, "manifest": manifest}, "manifest", json_mode)
 
 
+def show_sensitivity(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
+    """What int8 in each group of layers costs."""
+    _show("sensitivity", facts, "sensitivity", json_mode)
+
+
 def show_gc(freed: Freed, *, dry_run: bool = False, json_mode: bool = False) -> None:
     """What `gc` freed, or would free."""
     facts = {"bytes": freed.bytes, "artifacts": freed.artifacts, "leftovers": freed.leftovers, "dry_run": dry_run}

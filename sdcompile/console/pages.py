@@ -103,6 +103,8 @@ def doctor(facts: Facts) -> Iterator[Any]:
 def result(facts: Facts) -> Iterator[Any]:
     if facts["reports"]:
         yield _figures(facts["reports"])
+    if facts.get("effects"):
+        yield from effects(facts["effects"])
     for component, text in facts["fallbacks"].items():
         yield Text(f"{component}: {text}", style="yellow")
     if facts["bundle"]:
@@ -161,9 +163,67 @@ def manifest(facts: Facts) -> Iterator[Any]:
         held = sum(f["bytes"] for path, f in data["files"].items() if path.startswith(f"components/{name}/"))
         table.add_row(Text(name), entry["backend"], entry["precision"], Text(_verdict(entry)), size(held))
     yield table
+    changed = {n: {"passes": e.get("effects", ()), "race": e.get("race")} for n, e in data["components"].items()}
+    if any(row["passes"] or row["race"] for row in changed.values()):
+        yield from effects(changed)
     for name, entry in data["components"].items():
         for text in entry["notes"]:
             yield Text(f"{name}: {text}", style="yellow")
+
+
+def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
+    """What each pass did to each component, and whether int8 won."""
+    table = _table(
+        "component", "pass", "parameters", "size", "SNR early / mid / late", "", right=("parameters", "size")
+    )
+    for name, row in components.items():
+        for effect in row["passes"]:
+            (before, after), (old, new) = effect["parameters"], effect["bytes"]
+            of = f" of {before / 1e6:.2f}" if after != before else ""
+            table.add_row(
+                Text(name), effect["pass"], f"{after / 1e6:.2f} M{of}",
+                f"{size(new)} of {size(old)}", " / ".join(f"{level:.1f}" for level in effect["snr_db"].values()),
+                Text(_quantized(effect)),
+            )  # fmt: skip
+    yield table
+    for name, row in components.items():
+        if race := row["race"]:
+            yield (
+                f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} "
+                f"by processor time (accept_if wants {race['wanted']:g})"
+            )
+
+
+def _quantized(effect: Facts) -> str:
+    if "quantized" not in effect:
+        return ""
+    out = effect["left_out"]
+    names = ", ".join(out[:3]) + (f" and {len(out) - 3} more" if len(out) > 3 else "")
+    return f"{effect['quantized']} of {effect['operators']} in int8" + (
+        f"; for the budget in float: {names}" if out else ""
+    )
+
+
+def sensitivity(facts: Facts) -> Iterator[Any]:
+    """Groups of layers, the most sensitive first, with a bar for the noise int8 in that group alone adds."""
+    for name, told in facts["components"].items():
+        regions = list(told["all"])
+        yield Text(
+            f"{name}: all in int8 "
+            + ", ".join(f"{region} {told['all'][region]:.1f} dB" for region in regions)
+            + f"; lowest SNR of {told['samples']} held out samples, each group alone:",
+            style="bold",
+        )
+        table = _table("group", "operators", *regions, "noise", right=("operators", *regions))
+        levels = [min(row["snr_db"].values()) for row in told["groups"]]
+        most = max((10 ** (-level / 10) for level in levels), default=1.0)
+        for row, level in zip(told["groups"], levels, strict=True):
+            bar = "█" * round(20 * 10 ** (-level / 10) / most) or "·"
+            figures = [f"{row['snr_db'][region]:.1f}" for region in regions]
+            mark = " (left in float)" if row["name"] in told["left_out"] else ""
+            table.add_row(Text(row["name"] + mark), str(row["operators"]), *figures, bar)
+        yield table
+        yield facts["files"][name]
 
 
 def _verdict(entry: Facts) -> str:

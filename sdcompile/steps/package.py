@@ -32,8 +32,8 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Assemble the bundle in `out`.
 
     inputs: engine.<component>, report.<component> (absent for backends that cannot be verified),
-    pass.<component>.<op> for each pass, tokenizer, tables. job.params: recipe, source, facts, components,
-    defaults, fallbacks.
+    pass.<component>.<op> for each pass, race.<component> where int8 had to win, tokenizer, tables.
+    job.params: recipe, source, facts, components, defaults, fallbacks.
     """
     params = job.params
     reports = {
@@ -90,7 +90,7 @@ def _component(
     name: str, params: Mapping[str, Any], report: Mapping[str, Any] | None, inputs: Mapping[str, Path]
 ) -> bundle.ComponentEntry:
     entry = params["components"][name]
-    note = params.get("fallbacks", {}).get(name)
+    note, race = params.get("fallbacks", {}).get(name), inputs.get(f"race.{name}")
     return bundle.ComponentEntry(
         backend=entry["backend"],
         precision=entry["precision"],
@@ -103,6 +103,7 @@ def _component(
             for op in entry.get("passes", ())
             if (effect := read_effect(inputs[f"pass.{name}.{op}"])) is not None
         ],
+        race=json.loads((race / "race.json").read_text(encoding="utf-8")) if race else {},
         notes=[note] if note else [],
     )
 
