@@ -114,7 +114,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     with tempfile.TemporaryDirectory(dir=out, prefix="quantize-") as scratch:
         graph = Path(scratch) / "model.onnx"
         _insert_pairs(inputs, graph, job, params, ignored)
-        judge = sensitivity.judge(held_out, params.judge_samples, graph)
+        judge = sensitivity.judge(held_out, params.judge_samples, graph, source)
         job.say("measuring int8", None)
         everything = chosen = judge.noise(None)
         groups = qdq.groups(qdq.load(graph).graph)
@@ -301,5 +301,5 @@ PASS = Pass(
     run=run,
     packages=("nncf", "onnx", "onnxruntime"),
     calibrates=lambda params: True,
-    memory=(3.0, 2.0),
+    memory=(3.0, 0.75),
 )
