@@ -96,6 +96,13 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
+def peak_of_children_bytes() -> int:
+    """The largest resident size that any process started by this one, and ended, ever had."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
 def version(distribution: str) -> str | None:
     """The installed version of a distribution, or None."""
     try:

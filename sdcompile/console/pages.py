@@ -109,7 +109,10 @@ def result(facts: Facts) -> Iterator[Any]:
         yield Text(f"{component}: {text}", style="yellow")
     if facts["bundle"]:
         yield f"{facts['bundle']} ({size(facts['bytes'])})"
-        yield f'next: sdcompile generate {facts["bundle"]} "a prompt"'
+        if any(report.get("stand_in") for report in facts["reports"].values()):
+            yield f"next, on a machine that can run it: sdcompile verify {facts['bundle']} --source SOURCE"
+        else:
+            yield f'next: sdcompile generate {facts["bundle"]} "a prompt"'
     for name, folder in facts["folders"].items():
         yield f"{name}: {folder}"
 
@@ -128,7 +131,7 @@ def _figures(reports: Mapping[str, Facts]) -> Table:
         passed = report.get("passed", False)
         table.add_row(
             Text("whole images" if name == "pipeline" else name),
-            Text(str(report.get("backend") or "")),
+            Text(str(report.get("backend") or "") + (": its ONNX, on the CPU" if report.get("stand_in") else "")),
             Text(str(report.get("precision") or "")),
             figures,
             floors,
@@ -231,7 +234,8 @@ def _verdict(entry: Facts) -> str:
     worst = found.get("worst") or found
     if worst.get("snr_db") is None:
         return "not verified" if not found else "passed" if found.get("passed") else ""
-    return f"SNR {worst['snr_db']:.1f} dB"
+    figure = f"SNR {worst['snr_db']:.1f} dB"
+    return f"its ONNX: {figure}; engine not run" if found.get("stand_in") else figure
 
 
 def _bounds(bounds: Sequence[int]) -> str:

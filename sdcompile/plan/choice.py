@@ -74,9 +74,9 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
         faults.append(f"source: its {family.folders[name]} is already quantized ({method}); name the original weights")
-    params = {
-        "family": family.name, "options": backend.options(**chosen.build).model_dump(mode="json"), **chosen.params,
-    }  # fmt: skip
+    options = backend.options(**chosen.build)
+    faults += [f"components.{name}.build: {fault}" for fault in backend.refuses(precision, options)]
+    params = {"family": family.name, "options": options.model_dump(mode="json"), **chosen.params}
     pruning = recipe.pruning(name)
     passes = [_planned(PASSES[p], pruning[p]) for p in PASSES if p in pruning]
     names = backend.realises.get(precision, ())

@@ -42,7 +42,7 @@ def fault(report: Report, folder: Path | None = None) -> VerifyError:
 
 def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
     worst, name = report["worst"], report["component"]
-    engine = f"{name} ({report['backend']}, {report['precision']})"
+    engine = f"{_subject(report)}{name} ({report['backend']}, {report['precision']})"
     lines = [
         f"{engine} does not agree with its fp32 reference: {_shortfall(report)}",
         f"worst input: {_described(worst)}",
@@ -57,7 +57,7 @@ def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
 def _image_fault(report: Report, folder: Path | None) -> VerifyError:
     worst = report["worst"]
     lines = [
-        f"whole images do not agree with the fp32 reference: {_shortfall(report)}",
+        f"{_subject(report)}whole images do not agree with the fp32 reference: {_shortfall(report)}",
         f"worst image: {_described(worst)}",
     ]
     if kept := report.get("kept"):
@@ -68,6 +68,21 @@ def _image_fault(report: Report, folder: Path | None) -> VerifyError:
         "(`verify: {on_fail: fallback}`)"
     )
     return VerifyError("\n".join(lines), hint)
+
+
+def stood_in(report: Report) -> str:
+    """What was run instead of an engine that cannot run where it was built; "" when the engine itself was."""
+    told = report.get("stand_in")
+    if not told:
+        return ""
+    return (
+        f"the engine was not run ({told['why']}): verified is the ONNX it was built from, run by {told['backend']} on "
+        "the CPU, and the compiler's own layer table"
+    )
+
+
+def _subject(report: Report) -> str:
+    return f"the ONNX (run by {report['stand_in']['backend']}, not the engine) of " if report.get("stand_in") else ""
 
 
 def _hint(report: Report) -> str:

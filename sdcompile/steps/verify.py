@@ -7,6 +7,7 @@ library an engine runs in.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdcompile import metrics
-from sdcompile.backends import BACKENDS, Backend, Engine, Host
+from sdcompile.backends import BACKENDS, STAND_IN, Backend, Engine, Host
 from sdcompile.backends.base import read_card
 from sdcompile.errors import StageError
 from sdcompile.samples import Sample, Samples
 from sdcompile.spec import PIPELINE, Job, Say, say_nothing
+from sdcompile.steps import standing_in
 from sdcompile.steps.report import write
 
 if TYPE_CHECKING:
@@ -34,17 +36,25 @@ WORST_FILE = "worst.npz"
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Verify the engine in `inputs["engine"]` against `inputs["samples"]`; always writes report.json.
 
-    job.params: backend, floor {min_snr_db, min_cosine}, and the component's own. When the floor is
-    missed, worst.npz keeps the worst sample, and with `inputs["checkpoint"]` and `inputs["onnx"]`
-    the first layer that diverges is looked for.
+    job.params: backend, floor {min_snr_db, min_cosine}, stand_in {why} where the engine cannot run here,
+    and the component's own. When the floor is missed, worst.npz keeps the worst sample, and with
+    `inputs["checkpoint"]` and `inputs["onnx"]` the first layer that diverges is looked for.
     """
-    backend = BACKENDS[job.params["backend"]]
+    backend, engine = BACKENDS[job.params["backend"]], inputs["engine"]
     floor = metrics.Floor(**job.params["floor"])
     samples = Samples(inputs["samples"], job.component)
-    report = judge(backend, inputs["engine"], samples, floor, keep=out, say=job.say)
-    if not report["passed"]:
-        report["divergence"] = _divergence(backend, inputs, samples, report, floor, out, job.say)
-    write(out, report)
+    stand_in = job.params.get("stand_in")
+    told = {"backend": backend.name, "proof": standing_in.proof(engine)}
+    with tempfile.TemporaryDirectory(dir=out, prefix="standing-in-") as scratch:
+        if stand_in:
+            told["stand_in"] = {"backend": STAND_IN, "why": stand_in["why"]}
+            engine = standing_in.build(read_card(engine, backend.name), inputs["onnx"], Path(scratch) / "engine")
+            backend = BACKENDS[STAND_IN]
+        report = judge(backend, engine, samples, floor, keep=out, say=job.say)
+        if not report["passed"]:
+            tried = {**inputs, "engine": engine}
+            report["divergence"] = _divergence(backend, tried, samples, report, floor, out, job.say)
+    write(out, {**report, **told})
 
 
 def recheck(bundle: Path, manifest: Manifest, samples: Path) -> dict[str, dict[str, Any]]:
