@@ -19,6 +19,9 @@ PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _MOVES = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 """Operators that change no value (or only its type): what is before them is looked at instead."""
 
+FUSED_WIDTHS = range(16, 257)
+"""Head widths that TensorRT-RTX 1.7.1 computes in one kernel: tried from 8 to 512, with 64 to 4096 tokens."""
+
 KEPT = "kept"
 """Key of a node's metadata_props under which a pass says why it left the node in float32."""
 
@@ -27,8 +30,8 @@ KEPT = "kept"
 class Promise:
     """Names of nodes, by what the engine must make of them.
 
-    attentions   softmaxes over several heads that feed a matrix product. Those of a single head (a
-                 VAE's, up to 512 wide) are not counted: whether fusing one pays is the compiler's choice
+    attentions   softmaxes that feed a matrix product, over several heads of a width that is fused. Those
+                 of a single head (a VAE's) are not counted: whether fusing pays there is the compiler's choice
     quantized    matrix products and convolutions whose inputs are all dequantised int8
     kept         nodes that a pass left in float32 on purpose
     """
@@ -48,11 +51,16 @@ def promise(path: Path) -> Promise:
     makers = {output: node for node in nodes for output in node.output}
     products = [node for node in nodes if node.op_type in PRODUCTS]
     behind = {node.name: [_sources(name, makers) for name in node.input[:2]] for node in products}
-    softmaxes = [
-        source for sides in behind.values() for side in sides for source in side if source.op_type == "Softmax"
-    ]
+    attentions = frozenset(
+        source.name
+        for node in products
+        if _fusible(shapes.get(node.output[0]))
+        for side in behind[node.name]
+        for source in side
+        if source.op_type == "Softmax"
+    )
     return Promise(
-        attentions=frozenset(node.name for node in softmaxes if not _single_head(shapes.get(node.output[0]))),
+        attentions=attentions,
         quantized=frozenset(
             name
             for name, sides in behind.items()
@@ -62,9 +70,9 @@ def promise(path: Path) -> Promise:
     )
 
 
-def _single_head(dims: Sequence[onnx.TensorShapeProto.Dimension] | None) -> bool:
-    """Whether attention scores (B, heads, T, T) are of one head; a graph that does not say so has several."""
-    return dims is not None and len(dims) == 4 and dims[1].dim_value == 1
+def _fusible(dims: Sequence[onnx.TensorShapeProto.Dimension] | None) -> bool:
+    """Whether an attention's output (B, heads, T, width) says that it has several heads of a width that is fused."""
+    return dims is not None and len(dims) == 4 and dims[1].dim_value > 1 and dims[3].dim_value in FUSED_WIDTHS
 
 
 def _sources(value: str, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
