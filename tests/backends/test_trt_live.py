@@ -64,8 +64,10 @@ def typed_product(folder: Path, kind: str) -> Path:
     half = int(TensorProto.FLOAT16)
     if kind in ("float32", "float16", "bfloat16"):
         to = getattr(TensorProto, {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[kind])
-        nodes = [node("Cast", ["x"], ["a"], to=to), node("Cast", ["w"], ["b"], to=to), node("MatMul", ["a", "b"], ["c"]),
-                 node("Cast", ["c"], ["y"], to=int(TensorProto.FLOAT))]  # fmt: skip
+        nodes = [
+            node("Cast", ["x"], ["a"], to=to), node("Cast", ["w"], ["b"], to=to), node("MatMul", ["a", "b"], ["c"]),
+            node("Cast", ["c"], ["y"], to=int(TensorProto.FLOAT)),
+        ]  # fmt: skip
         return save(folder, nodes, [tensor("w", weight)])
     zero = {"int8": "INT8", "float8e4m3fn": "FLOAT8E4M3FN"}[kind]
     weights = [
@@ -189,12 +191,6 @@ def test_the_table_of_targets_says_what_the_compiler_says(kind, target, tmp_path
     assert computing
 
 
-def test_a_plan_refuses_before_anything_is_built_what_no_compiler_could():
-    said = tensorrt_rtx.refuses("fp32", tensorrt_rtx.Options(compute_capabilities=("sm75", "sm89")))
-    assert said == ["fp32 engines cannot be built for sm75: Turing has no FP32 GEMM in TensorRT-RTX"]
-    assert tensorrt_rtx.refuses("fp16", tensorrt_rtx.Options(compute_capabilities=("sm75",))) == []
-
-
 def test_a_refused_build_does_not_poison_the_next_one(tmp_path):
     wide, half = typed_product(tmp_path / "wide", "float32"), typed_product(tmp_path / "half", "float16")
     with pytest.raises(StageError, match="FP32 GEMM is not supported"):
@@ -262,13 +258,19 @@ def quantized_net(folder: Path, *, products: int = 3) -> Path:
     kernel = (0.2 * random.standard_normal((32, 32, 3, 3))).astype(np.float16)
     weights = [scale, zero, tensor("k", kernel), tensor("flat", np.array([0, 0, 32], np.int64)),
                tensor("back", np.array([0, 32, 8, 8], np.int64))]  # fmt: skip
-    nodes = [node("Cast", ["x"], ["h"], to=int(TensorProto.FLOAT16)), *quantized("h", "c_in"), *quantized("k", "c_w"),
-             node("Conv", ["c_in", "c_w"], ["c"], pads=[1, 1, 1, 1]), node("Transpose", ["c"], ["t"], perm=[0, 2, 3, 1])]  # fmt: skip
+    nodes = [
+        node("Cast", ["x"], ["h"], to=int(TensorProto.FLOAT16)), *quantized("h", "c_in"), *quantized("k", "c_w"),
+        node("Conv", ["c_in", "c_w"], ["c"], pads=[1, 1, 1, 1]),
+        node("Transpose", ["c"], ["t"], perm=[0, 2, 3, 1]),
+    ]  # fmt: skip
     value = "t"
     for number in range(products):
         weights.append(tensor(f"w{number}", (0.2 * random.standard_normal((32, 32))).astype(np.float16)))
-        nodes += [*quantized(value, f"a{number}"), *quantized(f"w{number}", f"b{number}"),
-                  node("MatMul", [f"a{number}", f"b{number}"], [f"m{number}"]), node("Relu", [f"m{number}"], [f"r{number}"])]  # fmt: skip
+        nodes += [
+            *quantized(value, f"a{number}"), *quantized(f"w{number}", f"b{number}"),
+            node("MatMul", [f"a{number}", f"b{number}"], [f"m{number}"]),
+            node("Relu", [f"m{number}"], [f"r{number}"]),
+        ]  # fmt: skip
         value = f"r{number}"
     nodes += [
         node("Transpose", [value], ["u"], perm=[0, 3, 1, 2]),

@@ -7,6 +7,7 @@ both API generations (10.x, 11.x): it names no precision flag, the ONNX carries 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Mapping
@@ -75,7 +76,8 @@ def work(order: Order, say: Say) -> None:
     config = configure(trt, builder, network, order)
     monitor = _monitor(trt, say)
     config.progress_monitor = monitor
-    cache = _read_timings(config, order.timing_cache)
+    if order.timing_cache is not None:
+        _read_timings(config, order.timing_cache)
     with order.plan.open("wb") as file:
         built = builder.build_serialized_network_to_stream(network, config, _writer(trt, file))
     order.log.write_text("".join(f"{line}\n" for line in log.told), encoding="utf-8")
@@ -83,8 +85,8 @@ def work(order: Order, say: Say) -> None:
         raise KeyboardInterrupt
     if not built:
         raise StageError(f"{order.module} cannot build {order.plan.stem}: {log.reason()}")
-    if cache is not None and order.timing_cache is not None:
-        order.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    if order.timing_cache is not None:
+        _keep_timings(config, order.timing_cache)
     order.table.write_text(log.table or _inspected(trt, log, order.plan), encoding="utf-8")
 
 
@@ -100,6 +102,8 @@ def configure(trt: Any, builder: Any, network: Any, order: Order) -> Any:
     """The builder config of `order`. Raises StageError when the profile does not fit the network."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # TF32 would make "fp32" mean 10 bits of mantissa.
+    config.clear_flag(trt.BuilderFlag.TF32)
     for name in order.flags:
         config.set_flag(getattr(trt.BuilderFlag, name))
     for name, value in order.settings.items():
@@ -128,13 +132,18 @@ def _typed(trt: Any) -> int:
     return 0 if flag is None or int(trt.__version__.partition(".")[0]) != 10 else 1 << int(flag)
 
 
-def _read_timings(config: Any, path: Path | None) -> Any:
-    if path is None:
-        return None
+def _read_timings(config: Any, path: Path) -> None:
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     # Timings of another GPU or version are refused by the library, not silently used.
     config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+
+
+def _keep_timings(config: Any, path: Path) -> None:
+    """Replaced whole: another build may read it meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    fresh.replace(path)
 
 
 def _inspected(trt: Any, log: Any, plan: Path) -> str:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from sdcompile.backends.base import Card, Host, Probe, read_card
 from sdcompile.backends.trt import cuda, targets
@@ -31,14 +31,13 @@ def fits(card: Card, found: Probe) -> str:
     Raises HostError that names what was built, for what, what is here, and how to build for it.
     """
     name, built = f"{card.component} ({card.backend})", tuple(card.measured["engines"])
-    command = f"sdcompile build RECIPE --set backend={card.backend}"
     if not found.available:
         raise HostError(f"{name} cannot run here: {found.reason}", found.hint)
-    if found.version != card.measured["version"]:
+    if found.version != card.measured["version"] and not card.options.get("version_compatible"):
         raise HostError(
             f"{name} was built with version {card.measured['version']} of its library; {found.version} is installed, "
             "and engines run on the version they were built with",
-            f"rebuild it: {command}",
+            f"rebuild it: sdcompile build RECIPE --set backend={card.backend}",
         )
     if found.cannot_run:
         raise HostError(
@@ -51,10 +50,16 @@ def fits(card: Card, found: Probe) -> str:
     if chosen is None:
         raise HostError(
             f"{name} was built for {', '.join(built)}; the GPU here is {found.identity['gpu']} ({device})",
-            f"rebuild it for this GPU: {command} "
-            + (f"--set 'build.compute_capabilities=[{device}]'" if card.backend == "tensorrt_rtx" else "(on this GPU)"),
+            f"rebuild it for this GPU: {rebuild(card.backend, device)}",
         )
     return chosen
+
+
+def rebuild(backend: str, device: str) -> str:
+    """The command that builds for a GPU of architecture `device`: where RTX does not, with TensorRT on that GPU."""
+    if backend == "tensorrt_rtx" and device in get_args(targets.Target):
+        return f"sdcompile build RECIPE --set 'build.compute_capabilities=[{device}]'"
+    return "sdcompile build RECIPE --set backend=tensorrt  (on that machine)"
 
 
 def open_plan(backend: str, module: str, folder: Path, host: Host, found: Probe) -> TrtEngine:
@@ -66,7 +71,12 @@ def open_plan(backend: str, module: str, folder: Path, host: Host, found: Probe)
         trt = import_module(module)
     except ImportError as error:
         raise HostError(f"backend {backend} cannot run here: {error}", found.hint) from error
-    return TrtEngine(trt, cuda.Gpu(api), folder, card, target, host, found.identity)
+    gpu = cuda.Gpu(api)
+    try:
+        return TrtEngine(trt, gpu, folder, card, target, host, found.identity)
+    except BaseException:
+        gpu.close()
+        raise
 
 
 class TrtEngine:
@@ -85,10 +95,16 @@ class TrtEngine:
         self._runtime_cache = _RuntimeCache(host, card, target, identity)
         plan = folder / card.measured["engines"][target]["plan"]
         self._runtime = trt.Runtime(self._log)
+        if card.options.get("version_compatible"):
+            # Such a plan brings the runtime it was built with, as machine code; bundles are trusted like programs.
+            self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
-            gpu.close()
             raise StageError(f"{plan} does not load: {self._log.reason()}", "copy the bundle again, or rebuild it")
+        if card.options.get("strip_plan"):
+            self._put_weights_back(trt, folder / "model.onnx")
+        if card.options.get("weight_streaming"):
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self._context: Any = self._runtime_cache.context(trt, self._engine)
         self._host: dict[str, np.ndarray] = {}
         self._device: dict[str, int] = {}
@@ -136,6 +152,13 @@ class TrtEngine:
         # Buffers and context go before the engine, the engine before its runtime.
         self._context = self._engine = self._runtime = None
         self._gpu.close()
+
+    def _put_weights_back(self, trt: Any, onnx: Path) -> None:
+        refitter = trt.Refitter(self._engine, self._log)
+        self._must(
+            trt.OnnxParserRefitter(refitter, self._log).refit_from_file(str(onnx)), "take the weights of", str(onnx)
+        )
+        self._must(refitter.refit_cuda_engine(), "take the weights of", str(onnx))
 
     def _run(self, key: Key) -> None:
         """Put the engine's work for the shapes `key` on the stream: as a graph from the second call of them on."""

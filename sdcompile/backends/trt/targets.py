@@ -14,6 +14,9 @@ from sdcompile.spec import Precision
 PORTABLE = "portable"
 """The engine that is compiled to machine code where it is loaded, on any GPU from Ampere on."""
 
+AMPERE_PLUS = "ampere_plus"
+"""TensorRT's engine for every GPU from Ampere on, data centre or not."""
+
 Target = Literal["portable", "sm75", "sm80", "sm86", "sm89", "sm120", "sm121"]
 """What TensorRT-RTX compiles for. It knows no data-centre GPU after the A100 (no sm90, no sm100)."""
 
@@ -56,7 +59,9 @@ def name_of(capability: tuple[int, int]) -> str:
 
 
 def choose(built: Collection[str], device: str) -> str | None:
-    """Which of the `built` targets to run on a GPU of architecture `device` ("sm89"): its own, else the portable."""
+    """Which of the `built` targets to run on a GPU of architecture `device` ("sm89"): its own, else one for many."""
     if device in built:
         return device
+    if AMPERE_PLUS in built and int(device.removeprefix("sm")) >= 80:
+        return AMPERE_PLUS
     return PORTABLE if PORTABLE in built and device in _RUNS_PORTABLE else None
