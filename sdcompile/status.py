@@ -5,6 +5,7 @@ Reads the plan, the store and package metadata; makes nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sdcompile import machine
 from sdcompile.backends import BACKENDS
 from sdcompile.bundle import read as read_bundle
-from sdcompile.errors import RecipeError
+from sdcompile.errors import BundleError, HostError, RecipeError
 from sdcompile.passes import PASSES, quantization
 from sdcompile.passes.base import read_effect
 from sdcompile.run import Build, wanted
@@ -149,3 +150,42 @@ def doctor(store: Path) -> dict[str, Any]:
             for probe in (backend.probe(),)
         ],
     }  # fmt: skip
+
+
+def fitness(folder: Path) -> dict[str, Any]:
+    """Can this machine run the bundle at `folder`? Per component which engine, or why not and what to type.
+
+    Reads the manifest and asks the backends; loads no engine. Raises BundleError when `folder` is no bundle.
+    """
+    from sdcompile import bundle
+    from sdcompile.runtime.opening import fitting
+
+    manifest = bundle.read(folder)
+    rows = []
+    for name, entry in manifest.components.items():
+        row: dict[str, Any] = {"component": name, "backend": entry.backend, "precision": entry.precision}
+        try:
+            found = {"runs": True, "engine": fitting(folder, manifest, name), "reason": "", "hint": ""}
+        except HostError as error:
+            found = {"runs": False, "engine": "", "reason": error.message, "hint": error.hint}
+        rows.append(row | found)
+    return {"bundle": str(folder), "runs": all(row["runs"] for row in rows), "components": rows}
+
+
+def layer_tables(folder: Path) -> dict[str, dict[str, Any]]:
+    """Component -> engine -> its compiler's layer table and what was claimed of it, of the bundle at `folder`.
+
+    Raises BundleError when `folder` is no bundle or none of its engines carries such a table.
+    """
+    from sdcompile import bundle
+    from sdcompile.backends.base import LAYERS
+
+    paths = {name: folder / "components" / name / LAYERS for name in bundle.read(folder).components}
+    tables = {
+        name: json.loads(path.read_text(encoding="utf-8"))["engines"] for name, path in paths.items() if path.is_file()
+    }
+    if not tables:
+        raise BundleError(
+            f"{folder} carries no layer table: its backends do not give one", "tensorrt_rtx and tensorrt do"
+        )
+    return tables

@@ -69,6 +69,10 @@ def _takes_all(precision: Precision, options: BaseModel) -> list[str]:
     return []
 
 
+def _fits_all(folder: Path) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to build and run components.
@@ -87,6 +91,8 @@ class Backend:
     host_bound True when the bytes `build` writes also depend on this machine's processor and device
     verifiable False for engines that compute nothing a reference could be compared with
     refuses    (precision, options) -> why such an engine can be built nowhere, one line each
+    fits       dir -> which of the engines in it this machine runs ("" where there is one for all), nothing
+               loaded; raises HostError. Called only where `probe` finds the backend available
     """
 
     name: str
@@ -104,9 +110,13 @@ class Backend:
     host_bound: bool = False
     verifiable: bool = True
     refuses: Callable[[Precision, BaseModel], list[str]] = _takes_all
+    fits: Callable[[Path], str] = _fits_all
 
 
 CARD = "engine.json"
+LAYERS = "layers.json"
+"""Where an engine folder keeps its compiler's own layer table and what was claimed of it, if the compiler gives one:
+{"engines": {target: {"claims": [...], "summary": {...}, "io": [...], "layers": [...]}}}."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sdcompile import machine
-from sdcompile.backends.base import Backend, Host, Probe
+from sdcompile.backends.base import Backend, Host, Probe, read_card
 from sdcompile.backends.trt import driver, targets
 from sdcompile.backends.trt.building import build_engines
 from sdcompile.backends.trt.compiling import Order
-from sdcompile.backends.trt.engine import TrtEngine, open_plan
+from sdcompile.backends.trt.engine import TrtEngine, fits, open_plan
 from sdcompile.errors import HostError
 from sdcompile.files import link
 from sdcompile.spec import Job
@@ -144,6 +144,11 @@ def _timings(job: Job, version: str, identity: Mapping[str, str]) -> Path | None
     return job.cache / "tensorrt" / f"{version}-{gpu}.timings"
 
 
+def fits_here(folder: Path) -> str:
+    """The target of the engine in `folder` that runs on this machine's GPU. Raises HostError as `open_engine` does."""
+    return fits(read_card(folder, BACKEND.name), probe())
+
+
 def open_engine(folder: Path, host: Host) -> TrtEngine:
     """The engine in `folder`, on this machine's GPU.
 
@@ -161,6 +166,7 @@ BACKEND = Backend(
     probe=probe,
     build=build,
     open=open_engine,
+    fits=fits_here,
     packages=_DISTRIBUTIONS,
     host_bound=True,
 )

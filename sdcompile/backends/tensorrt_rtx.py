@@ -12,11 +12,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile import machine
-from sdcompile.backends.base import Backend, Host, Probe
+from sdcompile.backends.base import Backend, Host, Probe, read_card
 from sdcompile.backends.trt import driver, targets
 from sdcompile.backends.trt.building import build_engines
 from sdcompile.backends.trt.compiling import Order
-from sdcompile.backends.trt.engine import TrtEngine, open_plan
+from sdcompile.backends.trt.engine import TrtEngine, fits, open_plan
 from sdcompile.errors import HostError
 from sdcompile.spec import Job, Precision
 
@@ -88,6 +88,11 @@ def build(src: Path, out: Path, job: Job) -> None:
     build_engines(BACKEND.name, src, out, job, orders, fused_attention=options.fused_attention)
 
 
+def fits_here(folder: Path) -> str:
+    """The target of the engine in `folder` that runs on this machine's GPU. Raises HostError as `open_engine` does."""
+    return fits(read_card(folder, BACKEND.name), probe())
+
+
 def open_engine(folder: Path, host: Host) -> TrtEngine:
     """The engine in `folder` that fits this machine's GPU.
 
@@ -105,6 +110,7 @@ BACKEND = Backend(
     probe=probe,
     build=build,
     open=open_engine,
+    fits=fits_here,
     packages=("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
     refuses=refuses,
 )

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sdcompile.cli.words import STORE, BundlePath, Json, Offline, Only, RecipePath, Sets, StorePath, app, reported
+from sdcompile.errors import HostError
 
 
 @app.command(short_help="Every step: hit or miss, and why.", rich_help_panel="Understand")
@@ -66,13 +67,37 @@ def doctor(store: StorePath = STORE, json: Json = False) -> None:
 
 @app.command(short_help="What a bundle is.", rich_help_panel="Understand")
 @reported
-def inspect(bundle: BundlePath, json: Json = False) -> None:
+def inspect(
+    bundle: BundlePath,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="The compiler's own layer tables of NVIDIA engines, and what they prove.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Print what a bundle is, without loading an engine.
 
     Example: `sdcompile inspect artifacts/tiny-openvino-bf16.sdc`
     """
     from sdcompile import bundle as bundles
-    from sdcompile import console
+    from sdcompile import console, status
 
+    if layers:
+        console.show_layers(status.layer_tables(bundle), json_mode=json)
+        return
     manifest = bundles.read(bundle)
     console.show_manifest(bundle, manifest.model_dump(mode="json"), bundles.digest(bundle), json_mode=json)
+
+
+@app.command(short_help="Can this machine run a bundle?", rich_help_panel="Understand")
+@reported
+def check(bundle: BundlePath, json: Json = False) -> None:
+    """Say, without loading an engine, whether this machine can run a bundle and what would have to be rebuilt.
+
+    Exit code 3 when it cannot. Example: `sdcompile check artifacts/tiny-openvino-bf16.sdc`
+    """
+    from sdcompile import console, status
+
+    found = status.fitness(bundle)
+    console.show_fitness(found, json_mode=json)
+    if not found["runs"]:
+        raise typer.Exit(HostError.exit_code)

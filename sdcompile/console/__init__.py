@@ -31,8 +31,10 @@ __all__ = [
     "report_error",
     "show_doctor",
     "show_explanation",
+    "show_fitness",
     "show_gc",
     "show_images",
+    "show_layers",
     "show_manifest",
     "show_plan",
     "show_result",
@@ -122,6 +124,16 @@ def show_manifest(bundle: Path, manifest: Mapping[str, Any], digest: str, *, jso
 def show_sensitivity(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
     """What int8 in each group of layers costs."""
     _show("sensitivity", facts, "sensitivity", json_mode)
+
+
+def show_layers(tables: Mapping[str, Any], *, json_mode: bool = False) -> None:
+    """Layer tables: component -> engine -> {claims, summary, io, layers}."""
+    _show("layers", {"components": tables}, "layers", json_mode)
+
+
+def show_fitness(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
+    """Whether this machine can run a bundle, per component."""
+    _show("fitness", facts, "fitness", json_mode)
 
 
 def show_gc(freed: Freed, *, dry_run: bool = False, json_mode: bool = False) -> None:

@@ -243,6 +243,53 @@ def _bounds(bounds: Sequence[int]) -> str:
     return str(usual) if low == high else f"{low}-{high} ({usual})"
 
 
+def layers(facts: Facts) -> Iterator[Any]:
+    for component, engines in facts["components"].items():
+        for engine, table in engines.items():
+            yield from _layer_table(component, engine, table)
+
+
+def _layer_table(component: str, engine: str, table: Facts) -> Iterator[Any]:
+    summary = table["summary"]
+    yield Text(f"{component}, {engine}: {summary['layers']} layers", style="bold")
+    rows = _table("kind", "computes in", "layer", "kernel")
+    for row in table["layers"]:
+        if row["computes"]:
+            kernel = "" if row["tactic"].startswith("__myelin") else row["tactic"]
+            rows.add_row(
+                Text(row["kind"]), Text(row["computes"]), Text((row["onnx"] or [row["name"]])[0]), Text(kernel)
+            )
+    yield rows
+    yield f"computing: {_counted(summary['computing'])}; other: {_counted(summary['other'])}"
+    memory = {words: summary[f"{words}_bytes"] for words in ("weights", "activations", "scratch")}
+    yield "memory: " + ", ".join(f"{words} {size(value)}" for words, value in memory.items() if value is not None)
+    for binding in table["io"]:
+        profile = binding["profile"]
+        shapes = ", ".join(f"{side} {shape}" for side, shape in profile.items()) if profile else ""
+        yield f"{binding['mode']} {binding['name']}: {binding['type']} {shapes}".rstrip()
+    for claim in table["claims"]:
+        mark = Text("holds  " if claim["holds"] else "NOT SO ", style="green" if claim["holds"] else "bold red")
+        yield mark.append(f"{claim['claim']} (found {claim['found']})", style="default")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def fitness(facts: Facts) -> Iterator[Any]:
+    table = _table("component", "backend", "precision", "here", "")
+    for row in facts["components"]:
+        table.add_row(
+            Text(row["component"]),
+            Text(row["backend"]),
+            Text(row["precision"]),
+            Text("runs" if row["runs"] else "cannot", style="green" if row["runs"] else "bold red"),
+            Text(row["engine"] or row["reason"]),
+        )
+    yield table
+    yield from dict.fromkeys(row["hint"] for row in facts["components"] if row["hint"])
+
+
 def freed(facts: Facts) -> Iterator[Any]:
     verb = "would free" if facts["dry_run"] else "freed"
     leftovers = f"{facts['leftovers']} leftovers of killed builds"

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sdcompile.backends import BACKENDS, STAND_IN
-from sdcompile.backends.base import Card
+from sdcompile.backends.base import LAYERS, Card
 from sdcompile.spec import Job
-
-LAYERS = "layers.json"
 
 
 def build(card: Card, onnx: Path, out: Path) -> Path:

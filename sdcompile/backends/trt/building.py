@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sdcompile.backends.base import card_from_job, write_card
+from sdcompile.backends.base import LAYERS, card_from_job, write_card
 from sdcompile.backends.trt import layers
 from sdcompile.backends.trt.compiling import TABLE, Order, compile_plan
 from sdcompile.backends.trt.graph import Promise, promise
@@ -57,7 +57,7 @@ def build_engines(
             target: {"claims": [claim._asdict() for claim in made[target]], **table} for target, table in tables.items()
         }
     }
-    (out / layers.FILE).write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
+    (out / LAYERS).write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
     version = next(iter(orders.values())).version
     write_card(out, card_from_job(backend, job, {"version": version, "engines": measured}))
 

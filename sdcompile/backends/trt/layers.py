@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 from sdcompile.backends.trt.graph import Promise
 
-FILE = "layers.json"
-
 _ROW = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*)\], Constants: \[(?P<constants>.*)\], "
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>[^,]*),(?: \w+: \w*,)* Metadata: ?(?P<metadata>.*)"
