@@ -357,13 +357,15 @@ def verify_bundle(
     """Compare a finished bundle's engines with `source` again, on this machine.
 
     The reference recordings come from the store or are made; the bundle is only read. Raises
-    VerifyError when a floor is missed.
+    VerifyError when a floor is missed, HostError when one of its engines cannot run here.
     """
     from sdcompile import bundle
+    from sdcompile.runtime.opening import require_backends
     from sdcompile.steps import verify
 
     manifest = bundle.read(folder)
     bundle.check(folder, manifest)
+    require_backends(folder, manifest, tuple(manifest.components))
     source = source or manifest.recipe["source"]
     if source.startswith(("folder:", "file:")):
         raise RecipeError(f"{folder} was built from {source}, which only its builder has", "name it: --source FOLDER")

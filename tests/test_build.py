@@ -477,6 +477,15 @@ def test_inspect_shows_the_layers_of_every_engine_and_what_they_prove(nvidia):
 
 
 def test_a_floor_missed_by_the_onnx_names_it_and_not_the_engine(nvidia):
-    fault = nvidia.nvidia("verify.vae_decoder.min_snr_db=200", expect=5)[-1]
-    assert "the ONNX (run by onnxruntime, not the engine) of vae_decoder" in fault["message"]
-    assert "first layer that diverges" in fault["message"]
+    decoder = "{backend: tensorrt_rtx, precision: fp16, build: {compute_capabilities: [portable, sm89]}}"
+    sets = ("name=nvidia", f"components.vae_decoder={decoder}", "verify.vae_decoder.min_snr_db=200")
+    options = [option for change in sets for option in ("--set", change)]
+    events = nvidia.events("verify", nvidia.recipe, *options, "--polygraphy", nvidia.folder / "files", expect=5)
+    assert "the ONNX (run by onnxruntime, not the engine) of vae_decoder" in events[-1]["message"]
+    assert "first layer that diverges" in events[-1]["message"]
+    files = {path.name for path in (nvidia.folder / "files" / "vae_decoder").iterdir()}
+    assert files == {"inputs.json", "reference.json", "engine.json", "typed", "exported", "commands.sh"}
+    (told,) = (event for event in events if event["event"] == "polygraphy")
+    assert told["commands"]["vae_decoder"][0].startswith(
+        "POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run typed/model.onnx"
+    )

@@ -29,6 +29,7 @@ __all__ = [
     "note",
     "observer",
     "report_error",
+    "show_commands",
     "show_doctor",
     "show_explanation",
     "show_fitness",
@@ -134,6 +135,11 @@ def show_layers(tables: Mapping[str, Any], *, json_mode: bool = False) -> None:
 def show_fitness(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
     """Whether this machine can run a bundle, per component."""
     _show("fitness", facts, "fitness", json_mode)
+
+
+def show_commands(folder: Path, commands: Mapping[str, Sequence[str]], *, json_mode: bool = False) -> None:
+    """Where Polygraphy files were written, and the commands to give in each component's folder."""
+    _show("polygraphy", {"folder": str(folder), "commands": commands}, "commands", json_mode)
 
 
 def show_gc(freed: Freed, *, dry_run: bool = False, json_mode: bool = False) -> None:

@@ -290,6 +290,14 @@ def fitness(facts: Facts) -> Iterator[Any]:
     yield from dict.fromkeys(row["hint"] for row in facts["components"] if row["hint"])
 
 
+def commands(facts: Facts) -> Iterator[Any]:
+    for component, lines in facts["commands"].items():
+        yield Text(
+            f"cd {facts['folder']}/{component}   # or: sh {facts['folder']}/{component}/commands.sh", style="bold"
+        )
+        yield from lines
+
+
 def freed(facts: Facts) -> Iterator[Any]:
     verb = "would free" if facts["dry_run"] else "freed"
     leftovers = f"{facts['leftovers']} leftovers of killed builds"
