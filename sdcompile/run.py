@@ -67,10 +67,11 @@ def this_machine() -> Machine:
 def prepare(path: Path, sets: tuple[str, ...], store: Store, *, offline: bool) -> Build:
     """Read the recipe, describe its source and lay out the whole plan."""
     recipe = load(path, sets)
-    return _lay_out(recipe, recipe.base(), store, offline=offline)
+    return lay_out(recipe, recipe.base(), store, offline=offline)
 
 
-def _lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build:
+def lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build:
+    """Describe the source of `recipe`, whose relative path starts at `base`, and lay out the whole plan."""
     from sdcompile.steps import fetch
 
     family = FAMILIES[recipe.family]
@@ -370,7 +371,7 @@ def verify_bundle(
     if source.startswith(("folder:", "file:")):
         raise RecipeError(f"{folder} was built from {source}, which only its builder has", "name it: --source FOLDER")
     recipe = Recipe.model_validate({**manifest.recipe, "source": source}, context=known_names())
-    work = _lay_out(recipe, Path.cwd(), store, offline=offline)
+    work = lay_out(recipe, Path.cwd(), store, offline=offline)
     plan = work.plan.until("verify")
     records = [step.name for step in plan if step.op == "record"]
     if not records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,13 +56,31 @@ def explain(
 
 @app.command(short_help="What this machine has and lacks.", rich_help_panel="Understand")
 @reported
-def doctor(store: StorePath = STORE, json: Json = False) -> None:
+def doctor(
+    store: StorePath = STORE,
+    selftest: Annotated[
+        Path | None,
+        typer.Option(
+            "--selftest",
+            help="Build, verify and time the tiny model with every NVIDIA backend here; write the report to FILE.",
+            metavar="FILE",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
     """List backends, devices, memory and disk, and how to get what is missing.
 
-    Example: `sdcompile doctor`
+    Examples: `sdcompile doctor`, `sdcompile doctor --selftest artifacts/gpu-report.json`
     """
     from sdcompile import console, status
 
+    if selftest is not None:
+        from sdcompile import selftest as selftests
+        from sdcompile.store import Store
+
+        report = selftests.selftest(Store(store), selftest, console.observer(json_mode=json))
+        console.show_selftest(selftest, report, json_mode=json)
+        return
     console.show_doctor(status.doctor(store), json_mode=json)
 
 

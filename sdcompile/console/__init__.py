@@ -39,6 +39,7 @@ __all__ = [
     "show_manifest",
     "show_plan",
     "show_result",
+    "show_selftest",
 ]
 
 
@@ -140,6 +141,11 @@ def show_fitness(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
 def show_commands(folder: Path, commands: Mapping[str, Sequence[str]], *, json_mode: bool = False) -> None:
     """Where Polygraphy files were written, and the commands to give in each component's folder."""
     _show("polygraphy", {"folder": str(folder), "commands": commands}, "commands", json_mode)
+
+
+def show_selftest(path: Path, report: Mapping[str, Any], *, json_mode: bool = False) -> None:
+    """What became of each NVIDIA backend, and where the whole report lies."""
+    _show("selftest", {"path": str(path), **report}, "selftest", json_mode)
 
 
 def show_gc(freed: Freed, *, dry_run: bool = False, json_mode: bool = False) -> None:

@@ -298,6 +298,22 @@ def commands(facts: Facts) -> Iterator[Any]:
         yield from lines
 
 
+def selftest(facts: Facts) -> Iterator[Any]:
+    table = _table("backend", "version", "", "denoiser call", "")
+    styles = {"passed": "green", "built": "yellow", "absent": "dim", "failed": "bold red"}
+    for name, row in facts["backends"].items():
+        timings = row.get("timings")
+        table.add_row(
+            Text(name),
+            Text(row.get("version") or ""),
+            Text(row["state"], style=styles[row["state"]]),
+            f"{timings['denoiser_call_ms']['median']:g} ms" if timings else "",
+            Text(row.get("error") or row.get("not_run") or ""),
+        )
+    yield table
+    yield f"report: {facts['path']}"
+
+
 def freed(facts: Facts) -> Iterator[Any]:
     verb = "would free" if facts["dry_run"] else "freed"
     leftovers = f"{facts['leftovers']} leftovers of killed builds"
