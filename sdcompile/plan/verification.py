@@ -100,7 +100,7 @@ def verification(
     reports = {
         name: draft.add(
             name, "engine",
-            {"engine": engines[name], "samples": record, **forms[name]},
+            {"engine": engines[name], "samples": record, **forms[name], **_exported(draft, name, choice)},
             {
                 **choice.params, "backend": choice.backend.name, "floor": _floor(recipe, name, choice),
                 **_how(draft, choice),
@@ -128,6 +128,11 @@ def verification(
 
 def _cannot_run(draft: Draft, choice: Choice) -> str:
     return draft.machine.probes[choice.backend.name].cannot_run
+
+
+def _exported(draft: Draft, name: str, choice: Choice) -> dict[str, str]:
+    """The fp32 ONNX, by which the ranges of an engine that cannot run are judged."""
+    return {"exported": f"{name}.export.onnx"} if _cannot_run(draft, choice) else {}
 
 
 def _how(draft: Draft, choice: Choice) -> dict[str, Any]:

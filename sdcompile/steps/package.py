@@ -111,7 +111,7 @@ def _component(
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
-    keep = ("passed", "floor", "worst", "by_region", "by_shape", "stand_in", "proof")
+    keep = ("passed", "floor", "worst", "by_region", "by_shape", "stand_in", "ranges", "proof")
     return {key: report[key] for key in keep if key in report}
 
 

@@ -102,6 +102,11 @@ def _hint(report: Report) -> str:
 def _shortfall(figures: Report) -> str:
     """What missed which floor, in words: of a report, or of one row of it."""
     worst, floor = figures["worst"], figures["floor"]
+    if beyond := (figures.get("ranges") or {}).get("beyond"):
+        return (
+            f"the value of {beyond[0]['node']} reaches {beyond[0]['max_abs']:g} where the largest fp16 is "
+            f"{figures['ranges']['limit']:g}" + (f", and {len(beyond) - 1} more do" if len(beyond) > 1 else "")
+        )
     if worst.get("error"):
         return f"the engine failed: {worst['error']}"
     if not worst["finite"]:

@@ -20,7 +20,7 @@ from sdcompile.backends.base import read_card
 from sdcompile.errors import StageError
 from sdcompile.samples import Sample, Samples
 from sdcompile.spec import PIPELINE, Job, Say, say_nothing
-from sdcompile.steps import standing_in
+from sdcompile.steps import ranges, standing_in
 from sdcompile.steps.report import write
 
 if TYPE_CHECKING:
@@ -36,24 +36,29 @@ WORST_FILE = "worst.npz"
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Verify the engine in `inputs["engine"]` against `inputs["samples"]`; always writes report.json.
 
-    job.params: backend, floor {min_snr_db, min_cosine}, stand_in {why} where the engine cannot run here,
-    and the component's own. When the floor is missed, worst.npz keeps the worst sample, and with
-    `inputs["checkpoint"]` and `inputs["onnx"]` the first layer that diverges is looked for.
+    job.params: backend, floor {min_snr_db, min_cosine}, stand_in {why} where the engine cannot run here
+    (then `inputs["exported"]` is the fp32 ONNX), and the component's own. When the floor is missed,
+    worst.npz keeps the worst sample, and with `inputs["checkpoint"]` and `inputs["onnx"]` the first
+    layer that diverges is looked for.
     """
     backend, engine = BACKENDS[job.params["backend"]], inputs["engine"]
     floor = metrics.Floor(**job.params["floor"])
     samples = Samples(inputs["samples"], job.component)
     stand_in = job.params.get("stand_in")
-    told = {"backend": backend.name, "proof": standing_in.proof(engine)}
+    told: dict[str, Any] = {"backend": backend.name, "proof": standing_in.proof(engine)}
     with tempfile.TemporaryDirectory(dir=out, prefix="standing-in-") as scratch:
         if stand_in:
             told["stand_in"] = {"backend": STAND_IN, "why": stand_in["why"]}
-            engine = standing_in.build(read_card(engine, backend.name), inputs["onnx"], Path(scratch) / "engine")
+            card = read_card(engine, backend.name)
+            told["ranges"] = ranges.check(inputs["exported"], inputs["onnx"], card, samples, Path(scratch), job.say)
+            engine = standing_in.build(card, inputs["onnx"], Path(scratch) / "engine")
             backend = BACKENDS[STAND_IN]
         report = judge(backend, engine, samples, floor, keep=out, say=job.say)
         if not report["passed"]:
             tried = {**inputs, "engine": engine}
             report["divergence"] = _divergence(backend, tried, samples, report, floor, out, job.say)
+    if (told.get("ranges") or {}).get("beyond"):
+        told["passed"] = False
     write(out, {**report, **told})
 
 
