@@ -89,6 +89,7 @@ class Backend:
     build      (src, out, job): read the form in `src`, write the engine's files into `out`
     open       (dir, host): the engine in `dir`, ready to run
     host_bound True when the bytes `build` writes also depend on this machine's processor and device
+    memory     peak resident memory of `build`: (times the component's fp32 bytes, plus GiB)
     verifiable False for engines that compute nothing a reference could be compared with
     refuses    (precision, options) -> why such an engine can be built nowhere, one line each
     fits       dir -> which of the engines in it this machine runs ("" where there is one for all), nothing
@@ -108,6 +109,7 @@ class Backend:
     quantize: Mapping[str, Any] = field(default_factory=dict)
     rests: tuple[Precision, ...] = ("fp32",)
     host_bound: bool = False
+    memory: tuple[float, float] = (1.2, 0.6)
     verifiable: bool = True
     refuses: Callable[[Precision, BaseModel], list[str]] = _takes_all
     fits: Callable[[Path], str] = _fits_all

@@ -105,12 +105,16 @@ def open_engine(folder: Path, host: Host) -> TrtEngine:
 BACKEND = Backend(
     name="tensorrt_rtx",
     takes="onnx",
-    realises={"fp32": (), "fp16": ("cast_fp16",)},
+    realises={"fp32": (), "fp16": ("cast_fp16",), "int8": ("nncf_int8",)},
+    rests=("fp16",),
+    # Zero points other than 0 are refused by the parser; quantised products keep an attention from one kernel.
+    quantize={"symmetric": True, "attention_products": False},
     options=Options,
     probe=probe,
     build=build,
     open=open_engine,
     fits=fits_here,
+    memory=(1.6, 0.6),
     packages=("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
     refuses=refuses,
 )

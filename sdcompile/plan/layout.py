@@ -137,7 +137,7 @@ def _component(
         backend = choice.backend
         return draft.add(
             name, backend.name, {backend.takes: forms[backend.takes]}, choice.params, spec=spec, shapes=shapes,
-            precision=choice.precision, memory=memory.needed(memory.COMPILE, size), disk=size, variant=variant,
+            precision=choice.precision, memory=memory.needed(backend.memory, size), disk=size, variant=variant,
         )  # fmt: skip
 
     passes = walk(forms, "checkpoint", choice)
@@ -162,7 +162,7 @@ def _component(
     race = draft.add(
         name, "race", {"engine": made, "rival": engine(plain, rival, rival.precision)},
         {"backend": choice.backend.name, "speedup": choice.speedup}, precision=choice.precision,
-        memory=2 * memory.needed(memory.COMPILE, size),
+        memory=2 * memory.needed(choice.backend.memory, size),
     )  # fmt: skip
     return _Road(forms, passes, made, race)
 

@@ -19,13 +19,16 @@ from sdcompile.spec import Job
 
 
 def build(card: Card, onnx: Path, out: Path) -> Path:
-    """Make an engine of the stand-in from the folder `onnx`, of the precision and shapes of `card`; returns `out`.
+    """Make an engine of the stand-in from the folder `onnx`, for the shapes of `card`; returns `out`.
 
-    Weights are linked. Raises HostError when the stand-in is missing, StageError when it refuses the graph.
+    Weights are linked. Of an int8 graph the stand-in need not compute anything in int8, as nobody gains
+    by it: it is called by the precision of the rest. Raises HostError when the stand-in is missing,
+    StageError when it refuses the graph.
     """
     out.mkdir(parents=True)
     params = {**card.params, "options": {}}
-    BACKENDS[STAND_IN].build(onnx, out, Job(card.component, params, card.precision, card.spec, card.shapes))
+    precision = card.params["rest"] if card.precision == "int8" else card.precision
+    BACKENDS[STAND_IN].build(onnx, out, Job(card.component, params, precision, card.spec, card.shapes))
     return out
 
 

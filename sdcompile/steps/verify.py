@@ -45,7 +45,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     floor = metrics.Floor(**job.params["floor"])
     samples = Samples(inputs["samples"], job.component)
     stand_in = job.params.get("stand_in")
-    told: dict[str, Any] = {"backend": backend.name, "proof": standing_in.proof(engine)}
+    told: dict[str, Any] = {"backend": backend.name, "precision": job.precision, "proof": standing_in.proof(engine)}
     with tempfile.TemporaryDirectory(dir=out, prefix="standing-in-") as scratch:
         if stand_in:
             told["stand_in"] = {"backend": STAND_IN, "why": stand_in["why"]}

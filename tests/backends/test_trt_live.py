@@ -345,3 +345,27 @@ def test_progress_is_told_and_grows(tmp_path):
 
 def test_what_the_probe_offers_is_the_version_that_was_pinned():
     assert BACKENDS["tensorrt_rtx"].probe().version == tensorrt_rtx.VERSION
+
+
+def test_an_int8_graph_in_float32_becomes_int8_and_fp16_by_the_cast(tmp_path):
+    """What the plan does: the pass that quantises leaves float32 around its pairs, and no types on what it puts in."""
+    from sdcompile.passes import PASSES
+
+    quantized_net(tmp_path / "half")
+    model = onnx.load(tmp_path / "half" / "model.onnx")
+    for weight in model.graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT16:
+            array = onnx.numpy_helper.to_array(weight).astype(np.float32)
+            weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    for op in model.graph.node:
+        for attribute in op.attribute:
+            if attribute.name == "to":
+                attribute.i = onnx.TensorProto.FLOAT
+    for name in ("wide", "typed", "out"):
+        (tmp_path / name).mkdir()
+    onnx.save(model, tmp_path / "wide" / "model.onnx")
+    given = Job("unet", {"family": "sd", "options": {}, "rest": "fp16"}, "int8", IMAGE, SHAPES)
+    PASSES["cast_fp16"].run({"onnx": tmp_path / "wide"}, tmp_path / "typed", given)
+    tensorrt_rtx.build(tmp_path / "typed", tmp_path / "out", given)
+    table = json.loads((tmp_path / "out" / "layers.json").read_text())["engines"]["portable"]
+    assert table["summary"]["computing"] == {"conv Int8": 1, "gemm Int8": 3}
