@@ -42,7 +42,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """
     backends: Mapping[str, str] = job.params["backends"]
     cards = {name: read_card(inputs[name], backend) for name, backend in backends.items()}
-    unrun = {name: how["stand_in"] for name, how in job.params["how"].items() if "stand_in" in how}
+    unrun = {name: how["stand_in"] for name, how in job.params.get("how", {}).items() if "stand_in" in how}
     with tempfile.TemporaryDirectory(dir=out, prefix="standing-in-") as scratch:
         engines = {name: (backend, inputs[name]) for name, backend in backends.items()}
         for name in unrun:
