@@ -20,7 +20,8 @@ RIVALS = [
     (name, precision)
     for name in RUNNING
     for precision in BACKENDS[name].realises
-    if BACKENDS[name].verifiable and (name, precision) != ("reference", "fp32")
+    # int8 is fitted to recorded samples, which these random models have none of (tests/test_compression.py).
+    if BACKENDS[name].verifiable and (name, precision) != ("reference", "fp32") and precision != "int8"
 ]
 
 
