@@ -45,16 +45,19 @@ def write(
     try:
         from polygraphy.comparator import IterationResult, RunResults
         from polygraphy.json import save_json
+        from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise HostError(f"polygraphy is not installed ({error})", "pip install 'sdcompile[polygraphy]'") from error
     folder.mkdir(parents=True, exist_ok=True)
-    save_json([dict(feeds)], str(folder / "inputs.json"))
     answers = {"reference": ("torch-fp32", reference), "engine": (f"sdcompile-{backend}", engine)}
-    for name, (runner, arrays) in answers.items():
-        if arrays is not None:
-            results = RunResults()
-            results.add([IterationResult(dict(arrays), runner_name=runner)], runner_name=runner)
-            results.save(str(folder / f"{name}.json"))
+    # Its logger writes to stdout, where results and JSON events go.
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        save_json([dict(feeds)], str(folder / "inputs.json"))
+        for name, (runner, arrays) in answers.items():
+            if arrays is not None:
+                results = RunResults()
+                results.add([IterationResult(dict(arrays), runner_name=runner)], runner_name=runner)
+                results.save(str(folder / f"{name}.json"))
     for name, source in forms.items():
         for path in sorted(source.glob("model.onnx*")):
             (folder / name / path.name).unlink(missing_ok=True)
