@@ -2,7 +2,7 @@ PY := .venv/bin/python
 # Threads that spin while they wait slow every build on a small or shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test check docs peers clean
+.PHONY: setup demo test check gpu-check docs peers clean
 
 setup: .venv/.ready
 
@@ -23,6 +23,10 @@ test: setup
 check: setup
 	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/lint-imports
 	$(PY) -m pytest -m 'not tiny and not device'
+
+# What the owner of an NVIDIA GPU runs, and sends artifacts/gpu-report.json of. Add '.[tensorrt]' where it is wanted.
+gpu-check: setup
+	.venv/bin/sdcompile doctor --selftest artifacts/gpu-report.json
 
 docs: setup
 	$(PY) scripts/write_docs.py

@@ -6,8 +6,10 @@ library that crashes or is killed for memory takes the step down instead of the 
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -19,7 +21,7 @@ from sdcompile.spec import Say
 
 
 def run(function: Callable[[Say], None], say: Say, name: str) -> int:
-    """Call `function(say)` in a fresh process; returns that process's peak resident bytes.
+    """Call `function(say)` in a fresh process; returns the peak resident bytes of it or of one it started.
 
     `function` must be picklable. Errors a user can cause come back as they are; any other one as
     RuntimeError with the child's traceback. Raises StageError when the child was killed.
@@ -27,7 +29,8 @@ def run(function: Callable[[Say], None], say: Say, name: str) -> int:
     # spawn: a forked child of a process with torch's threads may hang.
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    child = context.Process(target=_work, args=(function, sending), name=name, daemon=True)
+    # Not daemonic: an engine builder that is run in here starts a process of its own, which daemons may not.
+    child = context.Process(target=_work, args=(function, sending), name=name)
     child.start()
     sending.close()
     try:
@@ -67,13 +70,22 @@ def _died(name: str, code: int | None) -> StageError:
     return StageError(f"{name}: its process ended with exit code {code} before it was done")
 
 
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it goes, however it goes (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def _work(function: Callable[[Say], None], sending: Connection) -> None:
+    _die_with_parent()
+
     def say(text: str, fraction: float | None = None) -> None:
         sending.send(("say", text, fraction))
 
     try:
         function(say)
-        sending.send(("done", machine.peak_bytes()))
+        sending.send(("done", max(machine.peak_bytes(), machine.peak_of_children_bytes())))
     except KeyboardInterrupt:
         sending.send(("interrupt",))
     except errors.SdcompileError as error:

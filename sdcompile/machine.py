@@ -5,9 +5,11 @@ Reads /proc and package metadata only; imports none of the libraries it reports 
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -112,9 +114,25 @@ def _status_bytes(pid: int, field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:")), 0)
 
 
+def peak_of_children_bytes() -> int:
+    """The largest resident size that any process started by this one, and ended, ever had."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
 def version(distribution: str) -> str | None:
     """The installed version of a distribution, or None."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def release_memory() -> None:
+    """Give memory freed by a step back to the system, so that the next step's peak is its own."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)

@@ -6,12 +6,10 @@ and nothing of what any step does.
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -25,16 +23,18 @@ from sdcompile.families import FAMILIES
 from sdcompile.files import link_tree, size_bytes
 from sdcompile.passes import PASSES
 from sdcompile.plan import SOURCE, Machine, Plan, Step, resolve
-from sdcompile.recipe import ComponentRecipe, Recipe, known_names, load
-from sdcompile.spec import PIPELINE, Job, Say, Stage, say_nothing
+from sdcompile.recipe import ComponentRecipe, Recipe, load
+from sdcompile.spec import PIPELINE, Job, Precision, Say, Stage, say_nothing
 from sdcompile.steps import OPS
 
 if TYPE_CHECKING:
-    from sdcompile.bundle import Manifest
     from sdcompile.console import Observer
     from sdcompile.steps.layout import Source
     from sdcompile.store import Store
 
+
+_JUDGED = ("report", "race")
+"""Forms that say whether the build may go on."""
 
 ISOLATE_BYTES = 1 << 30
 """Steps that need more memory than this run in a process of their own. Starting one costs
@@ -98,7 +98,7 @@ def wanted(plan: Plan, store: Store) -> dict[str, bool]:
     """
     consumed = {name for step in plan for name in step.inputs.values()}
     found: dict[str, bool] = {}
-    todo = [step.name for step in plan if step.name not in consumed or step.gives == "report"]
+    todo = [step.name for step in plan if step.name not in consumed or step.gives in _JUDGED]
     while todo:
         name = todo.pop()
         if name in found or name == SOURCE:
@@ -137,8 +137,8 @@ def build(
 ) -> dict[str, Path]:
     """Make everything `stage` needs; returns step name -> folder of what was needed.
 
-    Raises VerifyError when an engine misses its floor, unless the recipe says `on_fail: fallback`:
-    then the component is rebuilt in fp32 and the bundle's manifest says so.
+    Raises VerifyError when an engine misses its floor, unless the recipe says `on_fail: fallback`: then the
+    component is rebuilt in fp32. One that loses the race of `accept_if` is rebuilt unquantized. The manifest says so.
     """
     while True:
         plan = work.plan.until(stage, only)
@@ -156,14 +156,31 @@ def build(
                 f"asked for {asked}, built in fp32 because verification failed: {missed.error.message.splitlines()[0]}"
             )
             observer.warn(f"{name}: {note}")
-            work.fallbacks[name] = note
-            work.recipe = _in_fp32(work.recipe, name)
-            work.plan = resolve(work.recipe, work.source, this_machine(), work.fallbacks)
+            _fall_back(work, name, "fp32", note)
+        except _Lost as lost:
+            race = lost.race
+            note = (
+                f"asked for {race['precision']}, built in {race['rival']}, because {race['precision']} does not win "
+                f"here: it is {race['speedup']:.2f} times as fast, and accept_if wants {race['wanted']:g}"
+            )
+            observer.warn(f"{race['component']}: {note}")
+            _fall_back(work, race["component"], race["rival"], note)
 
 
-def _in_fp32(recipe: Recipe, component: str) -> Recipe:
-    own = recipe.components.get(component, ComponentRecipe()).model_copy(update={"precision": "fp32"})
-    return recipe.model_copy(update={"components": {**recipe.components, component: own}})
+def _fall_back(work: Build, component: str, precision: Precision, note: str) -> None:
+    """Plan again with one component in another precision; the manifest will hold `note`."""
+    work.fallbacks[component] = note
+    own = work.recipe.components.get(component, ComponentRecipe()).model_copy(update={"precision": precision})
+    work.recipe = work.recipe.model_copy(update={"components": {**work.recipe.components, component: own}})
+    work.plan = resolve(work.recipe, work.source, this_machine(), work.fallbacks)
+
+
+class _Lost(Exception):  # noqa: N818 - a turn of the loop, not an error a user meets
+    """A quantized engine was not fast enough to be kept."""
+
+    def __init__(self, race: Mapping[str, Any]) -> None:
+        super().__init__(race["component"])
+        self.race = race
 
 
 class _Missed(Exception):  # noqa: N818 - a turn of the loop, not an error a user meets
@@ -202,13 +219,18 @@ def _make_all(work: Build, plan: Plan, observer: Observer) -> dict[str, Path]:
         else:
             made = _make(work, step, paths, observer)
         paths[step.name] = made
-        if step.gives == "report":
+        if step.gives in _JUDGED:
             _gate(step, made)
     return paths
 
 
 def _gate(step: Step, folder: Path) -> None:
-    """Stop where a report says that a floor was missed, whether it was made now or before."""
+    """Stop where a floor was missed or a race was lost, whether that was found now or before."""
+    if step.gives == "race":
+        race = json.loads((folder / "race.json").read_text(encoding="utf-8"))
+        if not race["won"]:
+            raise _Lost(race)
+        return
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if not report["passed"]:
         from sdcompile.steps.report import fault
@@ -227,8 +249,9 @@ def _make(work: Build, step: Step, paths: Mapping[str, Path], observer: Observer
             waiting=lambda: observer.step_say(step, "waiting for another build of this step", None),
         ) as out:  # fmt: skip
             if out is not None:
+                cache = work.store.root / "caches"
                 inputs = {role: _input(work, step, name, paths) for role, name in step.inputs.items()}
-                work_of = partial(_perform, step.op, inputs, out, replace(step.job, say=say_nothing))
+                work_of = partial(_perform, step.op, inputs, out, replace(step.job, say=say_nothing, cache=cache))
                 say: Say = partial(observer.step_say, step)
                 if step.memory_bytes > ISOLATE_BYTES:
                     notes["peak_bytes"] = isolated.run(work_of, say, step.name)
@@ -245,7 +268,7 @@ def _make(work: Build, step: Step, paths: Mapping[str, Path], observer: Observer
             f"{step.name} could not finish: {error}", "finished steps are kept; run the same command to go on"
         ) from error
     finally:
-        _release()
+        machine.release_memory()
     made = work.store.get(step.key)
     assert made is not None, f"{step.name} left no artifact"
     observer.step_done(step, time.monotonic() - started, notes.get("peak_bytes", 0))
@@ -270,15 +293,6 @@ def _perform(op: str, inputs: Mapping[str, Path], out: Path, job: Job, say: Say)
         PASSES[op].run(inputs, out, job)
     else:
         getattr(import_module(OPS[op].module), OPS[op].function)(inputs, out, job)
-
-
-def _release() -> None:
-    """Give memory freed by a step back to the system, so that the next step's peak is its own."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def place(work: Build, folder: Path, output: Path) -> Path:
@@ -335,55 +349,4 @@ def outcome(work: Build, paths: Mapping[str, Path], placed: Path | None) -> dict
         "folders": {name: str(path) for name, path in paths.items()} if placed is None else {},
         "reports": reports,
         "fallbacks": dict(work.fallbacks),
-    }
-
-
-def source_of(folder: Path, manifest: Manifest, named: str | None) -> str:
-    """The source a bundle can be compared with: `named`, or what its manifest says.
-
-    Raises RecipeError when only the builder of the bundle has its source.
-    """
-    source: str = named or manifest.recipe["source"]
-    if source.startswith(("folder:", "file:")):
-        raise RecipeError(f"{folder} was built from {source}, which only its builder has", "name it: --source FOLDER")
-    return source
-
-
-def verify_bundle(
-    folder: Path, source: str | None, store: Store, observer: Observer, *, offline: bool
-) -> dict[str, Any]:
-    """Compare a finished bundle's engines with `source` again, on this machine.
-
-    The reference recordings come from the store or are made; the bundle is only read. Raises
-    VerifyError when a floor is missed.
-    """
-    from sdcompile import bundle
-    from sdcompile.steps import verify
-
-    manifest = bundle.read(folder)
-    bundle.check(folder, manifest)
-    source = source_of(folder, manifest, source)
-    recipe = Recipe.model_validate({**manifest.recipe, "source": source}, context=known_names())
-    work = lay_out(recipe, Path.cwd(), store, offline=offline)
-    plan = work.plan.until("verify")
-    records = [step.name for step in plan if step.op == "record"]
-    if not records:
-        raise StageError(f"{folder} was built with a backend that cannot be verified")
-    work.plan = plan.upstream_of(records)
-    with observer.watching(work.plan):
-        samples = _make_all(work, work.plan, observer)[records[0]]
-        reports = verify.recheck(folder, manifest, samples)
-    for component, report in reports.items():
-        if not report["passed"]:
-            from sdcompile.steps.report import fault
-
-            raise fault(report, folder)
-        observer.note(f"{component}: passed")
-    return {
-        "name": manifest.name,
-        "bundle": str(folder),
-        "bytes": size_bytes(folder),
-        "folders": {},
-        "reports": reports,
-        "fallbacks": {},
     }

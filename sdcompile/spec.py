@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-Kind = Literal["checkpoint", "onnx", "engine", "tokenizer", "tables", "samples", "report", "bundle"]
+Kind = Literal["checkpoint", "onnx", "engine", "tokenizer", "tables", "samples", "report", "race", "bundle"]
 Stage = Literal["fetch", "prune", "export", "calibrate", "quantize", "compile", "verify", "package"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -105,7 +106,10 @@ def say_nothing(text: str, fraction: float | None = None) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What an op is told besides its input and output folders. Everything but `say` is in the step's key."""
+    """What an op is told besides its input and output folders. Everything but `say` and `cache` is in the step's key.
+
+    cache   a folder that outlives the step, for what only makes the next run faster (None = keep nothing)
+    """
 
     component: str
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -114,3 +118,4 @@ class Job:
     shapes: Shapes = field(default_factory=dict)
     configs: Mapping[str, Any] = field(default_factory=dict)
     say: Say = say_nothing
+    cache: Path | None = None

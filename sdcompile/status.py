@@ -5,12 +5,17 @@ Reads the plan, the store and package metadata; makes nothing.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompile import machine
 from sdcompile.backends import BACKENDS
-from sdcompile.errors import RecipeError
+from sdcompile.bundle import read as read_bundle
+from sdcompile.errors import BundleError, HostError, RecipeError
+from sdcompile.passes import PASSES, quantization
+from sdcompile.passes.base import read_effect
 from sdcompile.run import Build, wanted
 from sdcompile.spec import PIPELINE, Stage
 
@@ -31,11 +36,39 @@ def check_stage(work: Build, stage: Stage) -> None:
         raise RecipeError(f"{work.recipe.name} has no {stage} stage", _ASKED_BY[stage])
 
 
+def effects(work: Build, paths: Mapping[str, Path], bundle: Path | None) -> dict[str, Any]:
+    """Component -> {"passes": what each pass did, "race": int8 against the rest}: of the bundle, or of steps made."""
+    if bundle is not None:
+        entries = read_bundle(bundle).components
+        found = {name: {"passes": entry.effects, "race": entry.race} for name, entry in entries.items()}
+        return {name: row for name, row in found.items() if row["passes"] or row["race"]}
+    told: dict[str, Any] = {}
+    for step in work.plan:
+        if step.op in PASSES and not step.variant and step.name in paths:
+            effect = read_effect(paths[step.name])
+            if effect is not None:
+                row = told.setdefault(step.component, {"passes": [], "race": {}})
+                row["passes"].append({"pass": step.op, **effect})
+    return told
+
+
 _ASKED_BY: dict[Stage, str] = {
     "prune": "name its passes: components: {unet: {prune: {PASS: {...}}}}",
     "calibrate": "only passes want samples, such as those of precision int8: components: {unet: {precision: int8}}",
     "quantize": "ask for a precision that a pass makes, as in components: {unet: {precision: int8}}",
 }
+
+
+def quantized(work: Build, only: str | None) -> list[str]:
+    """Components that a pass with parameters quantizes."""
+    found = [
+        step.component for step in work.plan if step.op in PASSES and quantization((step.op,)) and not step.variant
+    ]
+    return [name for name in dict.fromkeys(found) if only in (None, name)]
+
+
+def quantization_step(work: Build, component: str) -> str:
+    return next(s.name for s in work.plan if s.component == component and s.op in PASSES and quantization((s.op,)))
 
 
 def rows(work: Build, only: str | None) -> list[dict[str, Any]]:
@@ -117,3 +150,42 @@ def doctor(store: Path) -> dict[str, Any]:
             for probe in (backend.probe(),)
         ],
     }  # fmt: skip
+
+
+def fitness(folder: Path) -> dict[str, Any]:
+    """Can this machine run the bundle at `folder`? Per component which engine, or why not and what to type.
+
+    Reads the manifest and asks the backends; loads no engine. Raises BundleError when `folder` is no bundle.
+    """
+    from sdcompile import bundle
+    from sdcompile.runtime.opening import fitting
+
+    manifest = bundle.read(folder)
+    rows = []
+    for name, entry in manifest.components.items():
+        row: dict[str, Any] = {"component": name, "backend": entry.backend, "precision": entry.precision}
+        try:
+            found = {"runs": True, "engine": fitting(folder, manifest, name), "reason": "", "hint": ""}
+        except HostError as error:
+            found = {"runs": False, "engine": "", "reason": error.message, "hint": error.hint}
+        rows.append(row | found)
+    return {"bundle": str(folder), "runs": all(row["runs"] for row in rows), "components": rows}
+
+
+def layer_tables(folder: Path) -> dict[str, dict[str, Any]]:
+    """Component -> engine -> its compiler's layer table and what was claimed of it, of the bundle at `folder`.
+
+    Raises BundleError when `folder` is no bundle or none of its engines carries such a table.
+    """
+    from sdcompile import bundle
+    from sdcompile.backends.base import LAYERS
+
+    paths = {name: folder / "components" / name / LAYERS for name in bundle.read(folder).components}
+    tables = {
+        name: json.loads(path.read_text(encoding="utf-8"))["engines"] for name, path in paths.items() if path.is_file()
+    }
+    if not tables:
+        raise BundleError(
+            f"{folder} carries no layer table: its backends do not give one", "tensorrt_rtx and tensorrt do"
+        )
+    return tables

@@ -86,6 +86,13 @@ class Place:
     def bundle(self) -> Path:
         return next((self.folder / "out").glob("*.sdc"))
 
+    def nvidia(self, *sets: str, expect: int = 0) -> list[dict]:
+        """Build once more, the VAE decoder for NVIDIA GPUs, into a folder of its own."""
+        decoder = "{backend: tensorrt_rtx, precision: fp16, build: {compute_capabilities: [portable, sm89]}}"
+        changes = ("name=nvidia", f"components.vae_decoder={decoder}", *sets)
+        options = [option for change in changes for option in ("--set", change)]
+        return self.events("build", self.recipe, "--output", self.folder / "nvidia", *options, expect=expect)
+
 
 def made(events: list[dict]) -> set[str]:
     return {event["step"] for event in events if event["event"] == "step_done"}
@@ -413,4 +420,72 @@ def test_a_missed_floor_fails_the_build_and_fallback_rebuilds_in_fp32(real):
     )  # fmt: skip
     assert [e for e in saved if e["event"] == "warning" and "fp32" in e["text"]], (
         "fp16 weights miss 80 dB, also in fp32"
+    )
+
+
+# Engines that cannot run where they are built ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nvidia(real) -> Place:
+    """The real place once more, its VAE decoder for NVIDIA GPUs; exports and recordings are shared."""
+    pytest.importorskip("tensorrt_rtx", reason="needs pip install 'sdcompile[tensorrt-rtx]'")
+    from sdcompile.backends.trt import driver
+
+    if not driver.look().reason:
+        pytest.skip("this machine has an NVIDIA GPU: its engines run")
+    events = real.nvidia()
+    assert not {step for step in made(events) if step.startswith(("unet", "text_encoder", "pipeline.verify.record"))}
+    return real
+
+
+def test_a_bundle_with_an_nvidia_engine_is_built_without_a_gpu_and_says_what_was_verified(nvidia):
+    bundle = nvidia.folder / "nvidia" / "nvidia.sdc"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    entry = manifest["components"]["vae_decoder"]
+    assert {path.name for path in (bundle / "components" / "vae_decoder").iterdir()} >= {"portable.plan", "sm89.plan"}
+    assert entry["verification"]["stand_in"] == {"backend": "onnxruntime", "why": "no NVIDIA driver was found here"}
+    assert entry["verification"]["worst"]["snr_db"] > 35
+    assert set(entry["verification"]["proof"]) == {"portable", "sm89"}
+    assert all(claim["holds"] for claims in entry["verification"]["proof"].values() for claim in claims)
+    assert "the engine was not run" in entry["notes"][0]
+    assert "stand_in" not in manifest["components"]["unet"]["verification"]
+    assert manifest["verification"]["images"]["stand_in"]["backend"] == "onnxruntime"
+    told = nvidia.run("inspect", bundle).stdout
+    assert "engine not run" in told
+    assert "vae_decoder: the engine was not run (no NVIDIA driver was found here)" in told
+
+
+def test_such_a_bundle_is_checked_without_loading_it_and_refused_with_a_way_out(nvidia):
+    bundle = nvidia.folder / "nvidia" / "nvidia.sdc"
+    (event,) = nvidia.events("check", bundle, expect=3)
+    runs = {row["component"]: row["runs"] for row in event["components"]}
+    assert runs == {"text_encoder": True, "unet": True, "vae_decoder": False}
+    refused = nvidia.run("generate", bundle, "a red circle", expect=3).stderr
+    assert "vae_decoder (tensorrt_rtx) was built for portable, sm89 and cannot run here" in refused
+    assert "--set backend=openvino" in refused
+    assert nvidia.events("check", nvidia.folder / "out" / "real.sdc")[0]["runs"]
+
+
+def test_inspect_shows_the_layers_of_every_engine_and_what_they_prove(nvidia):
+    told = nvidia.run("inspect", "--layers", nvidia.folder / "nvidia" / "nvidia.sdc").stdout
+    assert "vae_decoder, portable:" in told
+    assert "vae_decoder, sm89:" in told
+    assert "holds  no matrix product or convolution in float32" in told
+    refused = nvidia.run("inspect", "--layers", nvidia.folder / "out" / "real.sdc", expect=7).stderr
+    assert "carries no layer table" in refused
+
+
+def test_a_floor_missed_by_the_onnx_names_it_and_not_the_engine(nvidia):
+    decoder = "{backend: tensorrt_rtx, precision: fp16, build: {compute_capabilities: [portable, sm89]}}"
+    sets = ("name=nvidia", f"components.vae_decoder={decoder}", "verify.vae_decoder.min_snr_db=200")
+    options = [option for change in sets for option in ("--set", change)]
+    events = nvidia.events("verify", nvidia.recipe, *options, "--polygraphy", nvidia.folder / "files", expect=5)
+    assert "the ONNX (run by onnxruntime, not the engine) of vae_decoder" in events[-1]["message"]
+    assert "first layer that diverges" in events[-1]["message"]
+    files = {path.name for path in (nvidia.folder / "files" / "vae_decoder").iterdir()}
+    assert files == {"inputs.json", "reference.json", "engine.json", "typed", "exported", "commands.sh"}
+    (told,) = (event for event in events if event["event"] == "polygraphy")
+    assert told["commands"]["vae_decoder"][0].startswith(
+        "POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run typed/model.onnx"
     )

@@ -212,3 +212,174 @@ def test_engines_of_all_precisions_share_the_pruning(plan):
     fp32, bf16 = plan(PRUNED), plan(PRUNED, "precision=bf16")
     assert fp32["unet.prune.shorten"].key == bf16["unet.prune.shorten"].key
     assert fp32["unet.compile.reference"].key != bf16["unet.compile.reference"].key
+
+
+INT8 = BASE.replace("backend: reference", "backend: openvino") + "components: {unet: {precision: int8}}\n"
+
+
+def test_int8_is_a_pass_on_the_onnx_form_fitted_to_samples(plan):
+    steps = plan(INT8)
+    assert [s.name for s in steps if s.component == "unet"] == [
+        "unet.fetch.checkpoint", "unet.export.onnx", "unet.quantize.nncf_int8", "unet.compile.openvino",
+        "unet.verify.engine",
+    ]  # fmt: skip
+    assert steps["unet.quantize.nncf_int8"].inputs["samples"] == "pipeline.calibrate.calibrate"
+    assert steps["unet.compile.openvino"].job.params["rest"] == "bf16"
+    own = plan(INT8, "quantize.rest=fp32", "components.unet.quantize.max_samples=7")
+    assert own["unet.compile.openvino"].job.params["rest"] == "fp32"
+    assert own["unet.quantize.nncf_int8"].job.params["max_samples"] == 7
+
+
+def test_a_component_s_own_quantization_lies_over_the_recipe_s(plan):
+    text = INT8 + "quantize: {max_samples: 5, symmetric: true}\n"
+    params = plan(text, "components.unet.quantize.max_samples=9")["unet.quantize.nncf_int8"].job.params
+    assert (params["max_samples"], params["symmetric"]) == (9, True)
+
+
+def test_changing_a_budget_moves_no_sample_and_no_export(plan):
+    before, after = plan(INT8), plan(INT8, "components.unet.quantize.budget.min_snr_db=20")
+    moved = {step.name for step in after if step.key != before[step.name].key}
+    assert "unet.quantize.nncf_int8" in moved
+    assert not {name for name in moved if ".export." in name or ".calibrate." in name or ".record" in name}
+
+
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        (
+            ["quantize.budget.min_snr=20"],
+            "quantize.budget.min_snr: unknown field 'min_snr', did you mean 'min_snr_db'?",
+        ),
+        (["quantize.budget.min_snr_db=-3"], "quantize.budget.min_snr_db: -3 is out of range: it must be at least 0"),
+        (["quantize.symetric=true"], "quantize.symetric: unknown field 'symetric', did you mean 'symmetric'?"),
+        (["quantize.rest=fp16"], "quantize.rest: beside int8, openvino computes in bf16 or fp32, not in fp16"),
+        (["components.unet.backend=reference"], "precision: reference cannot make int8 of unet: it makes fp32, bf16"),
+    ],
+)
+def test_faults_of_quantization_are_told_when_a_recipe_is_planned(plan, sets, expected):
+    assert any(expected in line for line in faults(plan, INT8, *sets))
+
+
+def test_int8_that_must_win_is_raced_against_what_a_plain_build_would_make(plan):
+    plain = plan(INT8, "components.unet.precision=bf16")
+    steps = plan(INT8, "components.unet.quantize.accept_if.speedup=1.1")
+    race = steps["unet.compile.race"]
+    assert race.inputs == {"engine": "unet.compile.openvino", "rival": "unet.compile.openvino-bf16"}
+    assert race.job.params == {"backend": "openvino", "speedup": 1.1}
+    assert steps["unet.compile.openvino-bf16"].key == plain["unet.compile.openvino"].key, "a lost race repeats no work"
+    assert steps["pipeline.package.bundle"].inputs["race.unet"] == race.name
+    assert race.name in [s.name for s in steps.until("compile", "unet")]
+    assert "unet.compile.race" not in [s.name for s in plan(INT8)]
+
+
+@pytest.mark.parametrize(("wanted", "won"), [(1e-6, True), (1e6, False)])
+def test_a_race_says_who_won(tmp_path, wanted, won):
+    import json
+
+    from sdcompile.spec import ComponentSpec, Job, Range, TensorSpec
+    from sdcompile.steps import race
+
+    spec = ComponentSpec("unet", (TensorSpec("x", ("R", 4), "float32"),), (TensorSpec("y", ("R", 4), "float32"),))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    for role, precision in (("engine", "int8"), ("rival", "bf16")):
+        (tmp_path / role).mkdir()
+        job = Job("unet", {"family": "sd", "options": {}}, precision, spec, {"R": Range(1, 2, 2)})
+        BACKENDS["stub"].build(weights, tmp_path / role, job)
+    inputs = {role: tmp_path / role for role in ("engine", "rival")}
+    race.run(inputs, tmp_path, Job("unet", {"backend": "stub", "speedup": wanted}))
+    told = json.loads((tmp_path / "race.json").read_text())
+    assert (told["precision"], told["rival"], told["won"]) == ("int8", "bf16", won)
+    assert set(told["timings"]) == {"engine", "rival"}
+
+
+def test_a_lost_race_builds_the_component_unquantized_and_says_so(plan, source, monkeypatch):
+    from sdcompile import run
+    from sdcompile.console import Observer
+
+    said: list[str] = []
+
+    class Quiet(Observer):
+        def warn(self, text: str) -> None:
+            said.append(text)
+
+    first = plan(INT8, "components.unet.quantize.accept_if.speedup=1.1")
+    race = {"component": "unet", "precision": "int8", "rival": "bf16", "speedup": 0.9, "wanted": 1.1, "won": False}
+    plans: list[Plan] = []
+
+    def make_all(work, plan, observer):
+        plans.append(plan)
+        if len(plans) == 1:
+            raise run._Lost(race)
+        return {}
+
+    class NoStore:
+        def using(self, keys):
+            from contextlib import nullcontext
+
+            return nullcontext()
+
+    monkeypatch.setattr(run, "_make_all", make_all)
+    work = run.Build(first.recipe, source, NoStore(), first)
+    run.build(work, "package", Quiet(), force=True)
+    assert work.recipe.effective("unet").precision == "bf16"
+    assert "unet.quantize.nncf_int8" not in [s.name for s in plans[1]]
+    assert "0.90 times as fast, and accept_if wants 1.1" in work.fallbacks["unet"]
+    assert plans[1]["pipeline.package.bundle"].job.params["fallbacks"] == work.fallbacks
+    assert said
+
+
+EFFECTS = {
+    "unet": {
+        "passes": [
+            {"pass": "shorten", "parameters": [4_000_000, 3_000_000], "bytes": [16 << 20, 12 << 20], "snr_db": {}},
+            {
+                "pass": "nncf_int8", "parameters": [3_000_000, 3_000_000], "bytes": [12 << 20, 4 << 20],
+                "snr_db": {"early": 25.5, "mid": 30.0, "late": 24.0}, "quantized": 90, "operators": 100,
+                "left_out": ["conv_in", "a", "b", "c"],
+            },
+        ],
+        "race": {"precision": "int8", "rival": "bf16", "speedup": 1.234, "wanted": 1.1},
+    }
+}  # fmt: skip
+
+
+def test_what_passes_did_is_shown_at_the_end_of_a_build(capsys, monkeypatch):
+    from sdcompile import console
+
+    monkeypatch.setenv("COLUMNS", "200")
+    console.show_result({"reports": {}, "fallbacks": {}, "bundle": None, "folders": {}, "effects": EFFECTS})
+    shown = capsys.readouterr().out
+    assert "3.00 M of 4.00" in shown
+    assert "4.0 MiB of 12" in shown
+    assert "25.5 / 30.0 / 24.0" in shown
+    assert "90 of 100 in int8; for the budget in float: conv_in, a, b and 1 more" in shown
+    assert "int8 is 1.23 times as fast as bf16" in shown
+
+
+def test_sensitivity_is_a_chart_with_the_worst_group_first(capsys, monkeypatch):
+    from sdcompile import console
+
+    groups = [
+        {"name": "conv_in", "operators": 1, "snr_db": {"early": 20.0, "mid": 30.0}},
+        {"name": "mid_block.resnets.0", "operators": 3, "snr_db": {"early": 50.0, "mid": 40.0}},
+    ]
+    told = {"samples": 12, "all": {"early": 19.0, "mid": 28.0}, "left_out": ["conv_in"], "groups": groups}
+    monkeypatch.setenv("COLUMNS", "200")
+    console.show_sensitivity({"components": {"unet": told}, "files": {"unet": "sensitivity.json"}})
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (next(line for line in lines if name in line) for name in ("conv_in (left in float)", "mid_block"))
+    assert first.count("█") == 20
+    assert "·" in second
+
+
+def test_the_manifest_carries_what_passes_did(tmp_path):
+    from sdcompile.passes.base import write_effect
+    from sdcompile.steps import package
+
+    write_effect(tmp_path, parameters=(4, 3), size_bytes=(16, 12), snr_db={"early": 20.0}, heads=2)
+    entry = {"backend": "stub", "precision": "fp32", "params": {}, "spec": {}, "passes": ["shorten"]}
+    made = package._component("unet", {"components": {"unet": entry}}, None, {"pass.unet.shorten": tmp_path})
+    (effect,) = made.effects
+    assert (effect["pass"], effect["parameters"], effect["heads"]) == ("shorten", [4, 3], 2)

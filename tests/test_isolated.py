@@ -58,3 +58,13 @@ def test_a_child_that_is_killed_is_a_failed_step_and_not_a_crash():
         isolated.run(partial(_die, signal.SIGSEGV), print, "a.b.c")
     with pytest.raises(StageError, match="exit code 3"):
         isolated.run(_leave, print, "a.b.c")
+
+
+def _nest(say):
+    isolated.run(_speak, say, "inner")
+
+
+def test_an_op_in_a_process_of_its_own_may_start_one_itself():
+    heard = []
+    isolated.run(_nest, lambda text, fraction: heard.append((text, fraction)), "a.b.c")
+    assert heard == [("half way", 0.5)]

@@ -206,3 +206,40 @@ def test_stub_engines_are_not_verified(plan):
     stages = {step.stage for step in plan("backend=stub")}
     assert "verify" not in stages
     assert "package" in stages
+
+
+def test_what_no_compiler_could_build_for_a_target_is_refused_with_the_field_and_the_reason(plan):
+    with pytest.raises(RecipeError) as caught:
+        plan("backend=tensorrt_rtx", "precision=fp32", "build={compute_capabilities: [portable, sm75]}")
+    assert (
+        "components.unet.build: fp32 engines cannot be built for sm75: Turing has no FP32 GEMM" in caught.value.message
+    )
+    plan("backend=tensorrt_rtx", "precision=fp16", "components={}", "build={compute_capabilities: [portable, sm75]}")
+
+
+def on_gpu(**probe):
+    return replace(machine(), probes={**machine().probes, "tensorrt_rtx": Probe(True, version="1.7", **probe)})
+
+
+RTX = ("backend=tensorrt_rtx", "precision=fp16", "build={}", "components={}")
+
+
+def test_an_engine_that_cannot_run_here_is_verified_by_its_onnx_and_its_ranges(plan):
+    without = plan(*RTX, on=on_gpu(cannot_run="no driver"))
+    step = without["unet.verify.engine"]
+    assert step.job.params["stand_in"]["why"] == "no driver"
+    assert step.inputs["onnx"] == "unet.quantize.cast_fp16"
+    assert step.inputs["exported"] == "unet.export.onnx"
+    assert without["pipeline.verify.images"].inputs["onnx.unet"] == "unet.quantize.cast_fp16"
+    running = plan(*RTX, on=on_gpu())
+    assert "stand_in" not in running["unet.verify.engine"].job.params
+    assert "onnx.unet" not in running["pipeline.verify.images"].inputs
+
+
+def test_a_gpu_moves_the_keys_of_reports_and_not_of_engines_built_ahead_of_time(plan):
+    without = plan(*RTX, on=on_gpu(cannot_run="no driver"))
+    ada, other = (on_gpu(identity={"gpu": name, "architecture": "sm89"}) for name in ("RTX 4090", "RTX 4080"))
+    changed = moved(without, plan(*RTX, on=ada))
+    assert {"unet.verify.engine", "pipeline.verify.images"} <= changed
+    assert "unet.compile.tensorrt_rtx" not in changed
+    assert "unet.verify.engine" in moved(plan(*RTX, on=ada), plan(*RTX, on=other))

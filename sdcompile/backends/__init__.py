@@ -8,11 +8,22 @@ knows no recipe and no store.
 
 from __future__ import annotations
 
-from sdcompile.backends import onnxruntime, openvino, reference, stub
+from sdcompile.backends import onnxruntime, openvino, reference, stub, tensorrt, tensorrt_rtx
 from sdcompile.backends.base import Backend, Engine, Host, Probe
 
-__all__ = ["BACKENDS", "Backend", "Engine", "Host", "Probe"]
+__all__ = ["BACKENDS", "STAND_IN", "Backend", "Engine", "Host", "Probe"]
 
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (stub.BACKEND, reference.BACKEND, onnxruntime.BACKEND, openvino.BACKEND)
+    b.name: b
+    for b in (
+        stub.BACKEND,
+        reference.BACKEND,
+        onnxruntime.BACKEND,
+        openvino.BACKEND,
+        tensorrt.BACKEND,
+        tensorrt_rtx.BACKEND,
+    )
 }
+
+STAND_IN = "onnxruntime"
+"""What verification runs the ONNX with, on the CPU, where the engine built from it cannot run."""

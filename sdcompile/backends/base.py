@@ -49,7 +49,11 @@ class Host:
 @dataclass(frozen=True)
 class Probe:
     """What a look at this machine found: is the backend usable, which version, on what devices,
-    or why not and what to type."""
+    or why not and what to type.
+
+    cannot_run  why engines, though they can be built, cannot run here ("" = they can)
+    identity    what of a device decides bytes or figures; part of the key of what is made on it
+    """
 
     available: bool
     version: str | None = None
@@ -57,6 +61,16 @@ class Probe:
     reason: str = ""
     hint: str = ""
     notes: tuple[str, ...] = ()
+    cannot_run: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)
+
+
+def _takes_all(precision: Precision, options: BaseModel) -> list[str]:
+    return []
+
+
+def _fits_all(folder: Path) -> str:
+    return ""
 
 
 @dataclass(frozen=True)
@@ -74,8 +88,12 @@ class Backend:
     probe      () -> Probe, from metadata only
     build      (src, out, job): read the form in `src`, write the engine's files into `out`
     open       (dir, host): the engine in `dir`, ready to run
-    host_bound True when the bytes `build` writes also depend on this machine's processor
+    host_bound True when the bytes `build` writes also depend on this machine's processor and device
+    memory     peak resident memory of `build`: (times the component's fp32 bytes, plus GiB)
     verifiable False for engines that compute nothing a reference could be compared with
+    refuses    (precision, options) -> why such an engine can be built nowhere, one line each
+    fits       dir -> which of the engines in it this machine runs ("" where there is one for all), nothing
+               loaded; raises HostError. Called only where `probe` finds the backend available
     """
 
     name: str
@@ -91,10 +109,16 @@ class Backend:
     quantize: Mapping[str, Any] = field(default_factory=dict)
     rests: tuple[Precision, ...] = ("fp32",)
     host_bound: bool = False
+    memory: tuple[float, float] = (1.2, 0.6)
     verifiable: bool = True
+    refuses: Callable[[Precision, BaseModel], list[str]] = _takes_all
+    fits: Callable[[Path], str] = _fits_all
 
 
 CARD = "engine.json"
+LAYERS = "layers.json"
+"""Where an engine folder keeps its compiler's own layer table and what was claimed of it, if the compiler gives one:
+{"engines": {target: {"claims": [...], "summary": {...}, "io": [...], "layers": [...]}}}."""
 
 
 @dataclass(frozen=True)

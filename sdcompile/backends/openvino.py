@@ -16,14 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from sdcompile import machine
 from sdcompile.backends import mapped, racing
 from sdcompile.backends.base import Backend, Card, Engine, Host, Probe, card_from_job, read_card, write_card
-from sdcompile.errors import HostError, StageError
+from sdcompile.backends.openvino_ir import HINT, convert, import_openvino, reason
+from sdcompile.errors import StageError
 from sdcompile.spec import Job, Say
 
 if TYPE_CHECKING:
     import numpy as np
     import openvino as ov
 
-_HINT = "pip install 'sdcompile[openvino]'"
 _TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 _NAMES = {"float32": "fp32", "f32": "fp32", "float16": "fp16", "f16": "fp16", "bfloat16": "bf16", "bf16": "bf16"}
 
@@ -38,14 +38,6 @@ _GAIN = 1.03
 
 _PAYBACK_CALLS = 100
 """Calls after which a static compilation must have paid for itself: five images of twenty steps."""
-
-_FP16_MAX = 65504.0
-_FP16_SMALLEST_NORMAL = 2.0**-14
-
-_MASK = 1e30
-"""Finite values beyond this stand for infinity in attention masks; they are no weights."""
-
-_CHUNK = 1 << 24
 
 _PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
 """Layers of a compiled model that int8 makes faster."""
@@ -72,7 +64,7 @@ class Options(BaseModel):
 def probe() -> Probe:
     version = machine.version("openvino")
     if version is None:
-        return Probe(available=False, reason="openvino is not installed", hint=_HINT)
+        return Probe(available=False, reason="openvino is not installed", hint=HINT)
     units = half_units(machine.cpu_features())
     missing = [name for name in ("bf16", "fp16") if name not in units]
     notes = (
@@ -144,51 +136,6 @@ def open_engine(folder: Path, host: Host) -> OpenVinoEngine:
     engine = OpenVinoEngine(core, folder, card, host, shape_mode=measured["shape_mode"], hint=measured["hint"])
     engine.check()
     return engine
-
-
-def import_openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise HostError(f"backend openvino cannot run here: {error}", _HINT) from error
-    return openvino
-
-
-def convert(core: ov.Core, source: Path, out: Path, precision: str, weights: str) -> str:
-    """Write `out/model.xml` and `out/model.bin`; returns how weights are stored, "fp32" or "fp16".
-
-    fp32 recipes keep fp32 weights. For fp16 and bf16, "auto" stores fp16 (half the disk and half
-    the mapped memory, 11 bits of mantissa where bf16 has 8) unless a weight leaves fp16's range.
-    """
-    try:
-        model = core.read_model(source)
-    except RuntimeError as error:
-        raise StageError(f"OpenVINO refuses {source.name}: {_reason(error)}") from error
-    with mapped.pages_released(source.parent):
-        if weights == "auto":
-            weights = "fp32" if precision == "fp32" or not _fits_fp16(model) else "fp16"
-        import_openvino().save_model(model, out / "model.xml", compress_to_fp16=weights == "fp16")
-    del model
-    mapped.trim()
-    return weights
-
-
-def _fits_fp16(model: ov.Model) -> bool:
-    """False when a weight tensor overflows fp16 or lies wholly among its subnormals."""
-    for node in model.get_ops():
-        if node.get_type_name() != "Constant" or node.get_element_type().get_type_name() != "f32":
-            continue
-        data = node.data.reshape(-1)
-        if data.size < 2:
-            continue
-        largest = max(_largest(data[i : i + _CHUNK]) for i in range(0, data.size, _CHUNK))
-        if _FP16_MAX < largest < _MASK or 0 < largest < _FP16_SMALLEST_NORMAL:
-            return False
-    return True
-
-
-def _largest(chunk: np.ndarray) -> float:
-    return max(float(chunk.max()), -float(chunk.min()))
 
 
 def settle(core: ov.Core, folder: Path, card: Card, options: Options, say: Say) -> dict[str, Any]:
@@ -297,7 +244,7 @@ class OpenVinoEngine:
                     results = request.infer(arrays, share_outputs=False)
                 self._seen.add(key)
         except RuntimeError as error:
-            raise StageError(f"{self._card.component}: OpenVINO cannot run shapes {key}: {_reason(error)}") from error
+            raise StageError(f"{self._card.component}: OpenVINO cannot run shapes {key}: {reason(error)}") from error
         return {t.name: results[t.name] for t in self.outputs}
 
     def close(self) -> None:
@@ -325,7 +272,7 @@ class OpenVinoEngine:
             with mapped.pages_released(self._folder):
                 compiled = self._core.compile_model(model, "CPU", self._settings())
         except RuntimeError as error:
-            raise StageError(f"{self._card.component}: OpenVINO cannot compile the model: {_reason(error)}") from error
+            raise StageError(f"{self._card.component}: OpenVINO cannot compile the model: {reason(error)}") from error
         # While its mapping is released during later calls, the model that owns it must live.
         self._model = model
         self._facts = self._facts_of(compiled)
@@ -337,7 +284,7 @@ class OpenVinoEngine:
             return self._core.read_model(self._folder / "model.xml")
         except RuntimeError as error:
             raise StageError(
-                f"{self._folder} holds no whole OpenVINO model: {_reason(error)}", "build it again"
+                f"{self._folder} holds no whole OpenVINO model: {reason(error)}", "build it again"
             ) from error
 
     def _settings(self) -> dict[str, Any]:
@@ -387,12 +334,6 @@ def _int8_operators(compiled: ov.CompiledModel) -> int:
         kind, precision = (str(info[key].value) if key in info else "" for key in ("layerType", "runtimePrecision"))
         found += kind in _PRODUCTS and precision in ("i8", "u8")
     return found
-
-
-def _reason(error: Exception) -> str:
-    """The last telling line of an OpenVINO error, which starts with its source position."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 BACKEND = Backend(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sdcompile.cli.words import STORE, Force, Json, Offline, Only, Output, RecipePath, Sets, StorePath, app, reported
+from sdcompile.errors import RecipeError, VerifyError
 from sdcompile.spec import Stage
 
 
@@ -53,8 +54,9 @@ def _build(
     offline: bool,
     force: bool,
     json: bool,
+    polygraphy: Path | None = None,
 ) -> None:
-    from sdcompile import console, run, status
+    from sdcompile import console, evidence, run, status
     from sdcompile.store import Store
 
     observer = console.observer(json_mode=json)
@@ -63,11 +65,22 @@ def _build(
     status.check_stage(work, stage)
     for note in work.plan.notes:
         observer.warn(note)
-    with observer.watching(work.plan.until(stage, only)):
-        paths = run.build(work, stage, observer, only=only, force=force)
+
+    def hand_over() -> None:
+        if polygraphy is not None:
+            console.show_commands(polygraphy, evidence.polygraphy(work, polygraphy, only), json_mode=json)
+
+    try:
+        with observer.watching(work.plan.until(stage, only)):
+            paths = run.build(work, stage, observer, only=only, force=force)
+    except VerifyError:
+        hand_over()
+        raise
+    hand_over()
     bundle_step = "pipeline.package.bundle"
     placed = run.place(work, paths[bundle_step], output) if bundle_step in paths else None
-    console.show_result(run.outcome(work, paths, placed), json_mode=json)
+    result = run.outcome(work, paths, placed) | {"effects": status.effects(work, paths, placed)}
+    console.show_result(result, json_mode=json)
 
 
 @app.command(short_help="Engines against the torch reference.", rich_help_panel="Build")
@@ -82,6 +95,14 @@ def verify(
     store: StorePath = STORE,
     set_: Sets = None,
     only: Only = None,
+    polygraphy: Annotated[
+        Path | None,
+        typer.Option(
+            "--polygraphy",
+            help="Of a recipe: also write each engine's worst call as Polygraphy files, and commands that bisect it.",
+            metavar="DIR",
+        ),
+    ] = None,
     offline: Offline = False,
     force: Force = False,
     json: Json = False,
@@ -92,10 +113,14 @@ def verify(
     `sdcompile verify artifacts/tiny-openvino-bf16.sdc --source builtin:tiny`
     """
     if not target.is_dir():
-        _build(target, "verify", STORE, store, tuple(set_ or ()), only, offline, force, json)
+        _build(target, "verify", STORE, store, tuple(set_ or ()), only, offline, force, json, polygraphy)
         return
-    from sdcompile import console, run
+    if polygraphy is not None:
+        raise RecipeError(
+            f"--polygraphy: {target} is a bundle, which holds no ONNX", "name the recipe it was built from"
+        )
+    from sdcompile import console, recheck
     from sdcompile.store import Store
 
     observer = console.observer(json_mode=json)
-    console.show_result(run.verify_bundle(target, source, Store(store), observer, offline=offline), json_mode=json)
+    console.show_result(recheck.verify_bundle(target, source, Store(store), observer, offline=offline), json_mode=json)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sdcompile.cli.words import STORE, BundlePath, Json, Offline, Only, RecipePath, Sets, StorePath, app, reported
+from sdcompile.errors import HostError
 
 
 @app.command(short_help="Every step: hit or miss, and why.", rich_help_panel="Understand")
@@ -54,25 +56,67 @@ def explain(
 
 @app.command(short_help="What this machine has and lacks.", rich_help_panel="Understand")
 @reported
-def doctor(store: StorePath = STORE, json: Json = False) -> None:
+def doctor(
+    store: StorePath = STORE,
+    selftest: Annotated[
+        Path | None,
+        typer.Option(
+            "--selftest",
+            help="Build, verify and time the tiny model with every NVIDIA backend here; write the report to FILE.",
+            metavar="FILE",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
     """List backends, devices, memory and disk, and how to get what is missing.
 
-    Example: `sdcompile doctor`
+    Examples: `sdcompile doctor`, `sdcompile doctor --selftest artifacts/gpu-report.json`
     """
     from sdcompile import console, status
 
+    if selftest is not None:
+        from sdcompile import selftest as selftests
+        from sdcompile.store import Store
+
+        report = selftests.selftest(Store(store), selftest, console.observer(json_mode=json))
+        console.show_selftest(selftest, report, json_mode=json)
+        return
     console.show_doctor(status.doctor(store), json_mode=json)
 
 
 @app.command(short_help="What a bundle is.", rich_help_panel="Understand")
 @reported
-def inspect(bundle: BundlePath, json: Json = False) -> None:
+def inspect(
+    bundle: BundlePath,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="The compiler's own layer tables of NVIDIA engines, and what they prove.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Print what a bundle is, without loading an engine.
 
     Example: `sdcompile inspect artifacts/tiny-openvino-bf16.sdc`
     """
     from sdcompile import bundle as bundles
-    from sdcompile import console
+    from sdcompile import console, status
 
+    if layers:
+        console.show_layers(status.layer_tables(bundle), json_mode=json)
+        return
     manifest = bundles.read(bundle)
     console.show_manifest(bundle, manifest.model_dump(mode="json"), bundles.digest(bundle), json_mode=json)
+
+
+@app.command(short_help="Can this machine run a bundle?", rich_help_panel="Understand")
+@reported
+def check(bundle: BundlePath, json: Json = False) -> None:
+    """Say, without loading an engine, whether this machine can run a bundle and what would have to be rebuilt.
+
+    Exit code 3 when it cannot. Example: `sdcompile check artifacts/tiny-openvino-bf16.sdc`
+    """
+    from sdcompile import console, status
+
+    found = status.fitness(bundle)
+    console.show_fitness(found, json_mode=json)
+    if not found["runs"]:
+        raise typer.Exit(HostError.exit_code)

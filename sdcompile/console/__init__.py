@@ -32,14 +32,18 @@ __all__ = [
     "observer",
     "progressing",
     "report_error",
+    "show_commands",
     "show_doctor",
     "show_explanation",
+    "show_fitness",
     "show_gc",
     "show_images",
+    "show_layers",
     "show_manifest",
     "show_measured",
     "show_plan",
     "show_result",
+    "show_selftest",
 ]
 
 
@@ -126,6 +130,31 @@ def show_manifest(bundle: Path, manifest: Mapping[str, Any], digest: str, *, jso
 def show_measured(result: Mapping[str, Any], tables: Sequence[Any], *, json_mode: bool = False) -> None:
     """A result of measuring: as one event, or as tables (title, columns, rows, notes)."""
     _show(str(result["kind"]), result if json_mode else {"tables": tables}, "measured", json_mode)
+
+
+def show_sensitivity(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
+    """What int8 in each group of layers costs."""
+    _show("sensitivity", facts, "sensitivity", json_mode)
+
+
+def show_layers(tables: Mapping[str, Any], *, json_mode: bool = False) -> None:
+    """Layer tables: component -> engine -> {claims, summary, io, layers}."""
+    _show("layers", {"components": tables}, "layers", json_mode)
+
+
+def show_fitness(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
+    """Whether this machine can run a bundle, per component."""
+    _show("fitness", facts, "fitness", json_mode)
+
+
+def show_commands(folder: Path, commands: Mapping[str, Sequence[str]], *, json_mode: bool = False) -> None:
+    """Where Polygraphy files were written, and the commands to give in each component's folder."""
+    _show("polygraphy", {"folder": str(folder), "commands": commands}, "commands", json_mode)
+
+
+def show_selftest(path: Path, report: Mapping[str, Any], *, json_mode: bool = False) -> None:
+    """What became of each NVIDIA backend, and where the whole report lies."""
+    _show("selftest", {"path": str(path), **report}, "selftest", json_mode)
 
 
 def show_gc(freed: Freed, *, dry_run: bool = False, json_mode: bool = False) -> None:

@@ -103,11 +103,16 @@ def doctor(facts: Facts) -> Iterator[Any]:
 def result(facts: Facts) -> Iterator[Any]:
     if facts["reports"]:
         yield _figures(facts["reports"])
+    if facts.get("effects"):
+        yield from effects(facts["effects"])
     for component, text in facts["fallbacks"].items():
         yield Text(f"{component}: {text}", style="yellow")
     if facts["bundle"]:
         yield f"{facts['bundle']} ({size(facts['bytes'])})"
-        yield f'next: sdcompile generate {facts["bundle"]} "a prompt"'
+        if any(report.get("stand_in") for report in facts["reports"].values()):
+            yield f"next, on a machine that can run it: sdcompile verify {facts['bundle']} --source SOURCE"
+        else:
+            yield f'next: sdcompile generate {facts["bundle"]} "a prompt"'
     for name, folder in facts["folders"].items():
         yield f"{name}: {folder}"
 
@@ -126,7 +131,7 @@ def _figures(reports: Mapping[str, Facts]) -> Table:
         passed = report.get("passed", False)
         table.add_row(
             Text("whole images" if name == "pipeline" else name),
-            Text(str(report.get("backend") or "")),
+            Text(str(report.get("backend") or "") + (": its ONNX, on the CPU" if report.get("stand_in") else "")),
             Text(str(report.get("precision") or "")),
             figures,
             floors,
@@ -161,9 +166,67 @@ def manifest(facts: Facts) -> Iterator[Any]:
         held = sum(f["bytes"] for path, f in data["files"].items() if path.startswith(f"components/{name}/"))
         table.add_row(Text(name), entry["backend"], entry["precision"], Text(_verdict(entry)), size(held))
     yield table
+    changed = {n: {"passes": e.get("effects", ()), "race": e.get("race")} for n, e in data["components"].items()}
+    if any(row["passes"] or row["race"] for row in changed.values()):
+        yield from effects(changed)
     for name, entry in data["components"].items():
         for text in entry["notes"]:
             yield Text(f"{name}: {text}", style="yellow")
+
+
+def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
+    """What each pass did to each component, and whether int8 won."""
+    table = _table(
+        "component", "pass", "parameters", "size", "SNR early / mid / late", "", right=("parameters", "size")
+    )
+    for name, row in components.items():
+        for effect in row["passes"]:
+            (before, after), (old, new) = effect["parameters"], effect["bytes"]
+            of = f" of {before / 1e6:.2f}" if after != before else ""
+            table.add_row(
+                Text(name), effect["pass"], f"{after / 1e6:.2f} M{of}",
+                f"{size(new)} of {size(old)}", " / ".join(f"{level:.1f}" for level in effect["snr_db"].values()),
+                Text(_quantized(effect)),
+            )  # fmt: skip
+    yield table
+    for name, row in components.items():
+        if race := row["race"]:
+            yield (
+                f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} "
+                f"by processor time (accept_if wants {race['wanted']:g})"
+            )
+
+
+def _quantized(effect: Facts) -> str:
+    if "quantized" not in effect:
+        return ""
+    out = effect["left_out"]
+    names = ", ".join(out[:3]) + (f" and {len(out) - 3} more" if len(out) > 3 else "")
+    return f"{effect['quantized']} of {effect['operators']} in int8" + (
+        f"; for the budget in float: {names}" if out else ""
+    )
+
+
+def sensitivity(facts: Facts) -> Iterator[Any]:
+    """Groups of layers, the most sensitive first, with a bar for the noise int8 in that group alone adds."""
+    for name, told in facts["components"].items():
+        regions = list(told["all"])
+        yield Text(
+            f"{name}: all in int8 "
+            + ", ".join(f"{region} {told['all'][region]:.1f} dB" for region in regions)
+            + f"; lowest SNR of {told['samples']} held out samples, each group alone:",
+            style="bold",
+        )
+        table = _table("group", "operators", *regions, "noise", right=("operators", *regions))
+        levels = [min(row["snr_db"].values()) for row in told["groups"]]
+        most = max((10 ** (-level / 10) for level in levels), default=1.0)
+        for row, level in zip(told["groups"], levels, strict=True):
+            bar = "█" * round(20 * 10 ** (-level / 10) / most) or "·"
+            figures = [f"{row['snr_db'][region]:.1f}" for region in regions]
+            mark = " (left in float)" if row["name"] in told["left_out"] else ""
+            table.add_row(Text(row["name"] + mark), str(row["operators"]), *figures, bar)
+        yield table
+        yield facts["files"][name]
 
 
 def _verdict(entry: Facts) -> str:
@@ -171,7 +234,8 @@ def _verdict(entry: Facts) -> str:
     worst = found.get("worst") or found
     if worst.get("snr_db") is None:
         return "not verified" if not found else "passed" if found.get("passed") else ""
-    return f"SNR {worst['snr_db']:.1f} dB"
+    figure = f"SNR {worst['snr_db']:.1f} dB"
+    return f"its ONNX: {figure}; engine not run" if found.get("stand_in") else figure
 
 
 def _bounds(bounds: Sequence[int]) -> str:
@@ -189,6 +253,77 @@ def measured(facts: Facts) -> Iterator[Any]:
         for note in shown.notes:
             yield Text(note, style="dim")
         yield ""
+
+
+def layers(facts: Facts) -> Iterator[Any]:
+    for component, engines in facts["components"].items():
+        for engine, table in engines.items():
+            yield from _layer_table(component, engine, table)
+
+
+def _layer_table(component: str, engine: str, table: Facts) -> Iterator[Any]:
+    summary = table["summary"]
+    yield Text(f"{component}, {engine}: {summary['layers']} layers", style="bold")
+    rows = _table("kind", "computes in", "layer", "kernel")
+    for row in table["layers"]:
+        if row["computes"]:
+            kernel = "" if row["tactic"].startswith("__myelin") else row["tactic"]
+            rows.add_row(
+                Text(row["kind"]), Text(row["computes"]), Text((row["onnx"] or [row["name"]])[0]), Text(kernel)
+            )
+    yield rows
+    yield f"computing: {_counted(summary['computing'])}; other: {_counted(summary['other'])}"
+    memory = {words: summary[f"{words}_bytes"] for words in ("weights", "activations", "scratch")}
+    yield "memory: " + ", ".join(f"{words} {size(value)}" for words, value in memory.items() if value is not None)
+    for binding in table["io"]:
+        profile = binding["profile"]
+        shapes = ", ".join(f"{side} {shape}" for side, shape in profile.items()) if profile else ""
+        yield f"{binding['mode']} {binding['name']}: {binding['type']} {shapes}".rstrip()
+    for claim in table["claims"]:
+        mark = Text("holds  " if claim["holds"] else "NOT SO ", style="green" if claim["holds"] else "bold red")
+        yield mark.append(f"{claim['claim']} (found {claim['found']})", style="default")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def fitness(facts: Facts) -> Iterator[Any]:
+    table = _table("component", "backend", "precision", "here", "")
+    for row in facts["components"]:
+        table.add_row(
+            Text(row["component"]),
+            Text(row["backend"]),
+            Text(row["precision"]),
+            Text("runs" if row["runs"] else "cannot", style="green" if row["runs"] else "bold red"),
+            Text(row["engine"] or row["reason"]),
+        )
+    yield table
+    yield from dict.fromkeys(row["hint"] for row in facts["components"] if row["hint"])
+
+
+def commands(facts: Facts) -> Iterator[Any]:
+    for component, lines in facts["commands"].items():
+        yield Text(
+            f"cd {facts['folder']}/{component}   # or: sh {facts['folder']}/{component}/commands.sh", style="bold"
+        )
+        yield from lines
+
+
+def selftest(facts: Facts) -> Iterator[Any]:
+    table = _table("backend", "version", "", "denoiser call", "")
+    styles = {"passed": "green", "built": "yellow", "absent": "dim", "failed": "bold red"}
+    for name, row in facts["backends"].items():
+        timings = row.get("timings")
+        table.add_row(
+            Text(name),
+            Text(row.get("version") or ""),
+            Text(row["state"], style=styles[row["state"]]),
+            f"{timings['denoiser_call_ms']['median']:g} ms" if timings else "",
+            Text(row.get("error") or row.get("not_run") or ""),
+        )
+    yield table
+    yield f"report: {facts['path']}"
 
 
 def freed(facts: Facts) -> Iterator[Any]:

@@ -16,8 +16,9 @@ from sdcompile import machine
 from sdcompile.backends import BACKENDS, Engine, Host
 from sdcompile.families import FAMILIES
 from sdcompile.measure.drawing import Request, draw
+from sdcompile.recheck import source_of
 from sdcompile.recipe import Recipe, known_names
-from sdcompile.run import Build, build, lay_out, source_of
+from sdcompile.run import Build, build, lay_out
 from sdcompile.runtime.model import Model
 from sdcompile.runtime.pipeline import Pipeline
 from sdcompile.spec import Say

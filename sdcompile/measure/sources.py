@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sdcompile import bundle
 from sdcompile.errors import RecipeError
-from sdcompile.run import source_of
+from sdcompile.recheck import source_of
 
 
 def diffusers_folder(folder: Path, named: str | None) -> Path:

@@ -67,7 +67,7 @@ def write_effect(
 
     parameters   numbers in the weights; size_bytes: bytes of the weights as stored
     macs         multiply-accumulates of one call at the usual shapes
-    snr_db       timestep region -> lowest SNR against the fp32 reference on held out samples
+    snr_db       timestep region -> lowest SNR on held out samples, against the form the pass was given
     """
     effect = {"parameters": parameters, "bytes": size_bytes, "macs": macs, "snr_db": dict(snr_db or {}), **detail}
     (out / EFFECT).write_text(json.dumps(effect, indent=2, allow_nan=False) + "\n", encoding="utf-8")

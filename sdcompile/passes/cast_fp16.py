@@ -70,9 +70,12 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
 
 def cast_to_half(model: ir.Model) -> None:
     """Retype `model` in place; weights become lazy tensors that are cast when they are written."""
-    from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+    from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, ShapeInferencePass
 
     InlinePass()(model)
+    if any(value.dtype is None for node in model.graph for value in node.outputs if value.uses()):
+        # NNCF does not say of what type the values are that it puts in.
+        ShapeInferencePass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     graph = model.graph
     nodes = list(graph)

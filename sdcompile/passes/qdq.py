@@ -50,6 +50,31 @@ def targets(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type in TARGETS]
 
 
+def inside_attentions(graph: ir.Graph) -> set[str]:
+    """Names of the products that make attention scores and those that weigh values with them."""
+    found = set()
+    for softmax in (node for node in graph if node.op_type == "Softmax"):
+        found |= {str(node.name) for node in (*_nearest(softmax, up=True), *_nearest(softmax, up=False))}
+    return found
+
+
+_BETWEEN = frozenset({"Add", "Cast", "Div", "Identity", "IsNaN", "Mul", "Where"})
+"""Operators between an attention's softmax and its two products: scales, masks and casts."""
+
+
+def _nearest(node: ir.Node, *, up: bool) -> Iterator[ir.Node]:
+    """The products next to `node`, above or below it, with nothing but `_BETWEEN` in between."""
+    if up:
+        near = [value.producer() for value in node.inputs if value is not None]
+    else:
+        near = [user for value in node.outputs for user, _ in value.uses()]
+    for other in near:
+        if other is not None and other.op_type == "MatMul":
+            yield other
+        elif other is not None and other.op_type in _BETWEEN:
+            yield from _nearest(other, up=up)
+
+
 def matching(nodes: Iterable[ir.Node], patterns: Iterable[str]) -> set[str]:
     """Names of the nodes whose module lies at or under a module that one of `patterns` names.
 

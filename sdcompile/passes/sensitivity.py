@@ -1,14 +1,15 @@
 """Which parts of a model bear int8: the noise each group alone adds, and the fewest groups to leave out.
 
-Groups are quantized one at a time and run on held out samples of the fp32 reference. Their noise adds
-up nearly (the errors of different layers have little to do with each other), so that one row of
-figures per group predicts every mix; the mix chosen is then measured itself. It knows ONNX Runtime
-as a calculator only: pairs run as float arithmetic, which is what int8 kernels compute up to rounding.
+Groups are quantized one at a time, run on held out samples and compared with the graph before
+quantization (what an earlier pass has cost is not theirs). Their noise adds up nearly, as the errors
+of different layers have little to do with each other, so that one row of figures per group predicts
+every mix; the mix chosen is then measured itself. It knows ONNX Runtime as a calculator only: pairs run
+as float arithmetic, which is what int8 kernels compute up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,15 +33,15 @@ _SLACK = 1e-5
 
 @dataclass(frozen=True)
 class Judge:
-    """Held out samples, and a graph with every pair in it that variants are made from.
+    """Held out samples, what the float graph answers to them, and a graph with every pair that variants are made from.
 
-    `noise` of a variant: per sample, sum (reference - value)^2 / sum reference^2, of its worst output.
+    `noise` of a variant: per sample, sum (answer - value)^2 / sum answer^2, of its worst output.
     """
 
     samples: Samples
     names: tuple[str, ...]
     graph: Path
-    scratch: Path
+    answers: tuple[Mapping[str, NDArray[Any]], ...]
 
     @property
     def regions(self) -> list[str | None]:
@@ -57,11 +58,12 @@ class Judge:
             # Beside the graph, because both refer to the same file of weights.
             path = self.graph.with_name("variant.onnx")
             ir.save(model, path)
-        return noise_of(path, [self.samples[name] for name in self.names])
+        pairs = zip(self.answers, answers(path, self.samples, self.names), strict=True)
+        return np.array([max(10 ** (-metrics.snr_db(a[k], value[k]) / 10) for k in a) for a, value in pairs])
 
 
-def judge(samples: Samples, count: int, graph: Path) -> Judge:
-    """A judge of `count` samples spread evenly over timesteps."""
+def judge(samples: Samples, count: int, graph: Path, source: Path) -> Judge:
+    """A judge of `count` samples spread evenly over timesteps; `source` is the float graph."""
     names = sorted(samples.rows, key=lambda name: (-(samples.rows[name]["timestep"] or 0), name))
     if not names:
         raise StageError(
@@ -69,10 +71,12 @@ def judge(samples: Samples, count: int, graph: Path) -> Judge:
             "raise `calibrate: {images: ...}` (every fourth trajectory is held out) or `max_samples`",
         )
     wanted = min(count, len(names))
-    return Judge(samples, tuple(names[i * len(names) // wanted] for i in range(wanted)), graph, graph.parent)
+    chosen = tuple(names[i * len(names) // wanted] for i in range(wanted))
+    return Judge(samples, chosen, graph, tuple(answers(source, samples, chosen)))
 
 
-def noise_of(path: Path, samples: Sequence[Any]) -> Noise:
+def answers(path: Path, samples: Samples, names: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
+    """What the graph at `path` gives for each sample, with pairs computed in float."""
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
@@ -81,11 +85,8 @@ def noise_of(path: Path, samples: Sequence[Any]) -> Noise:
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     outputs = [output.name for output in session.get_outputs()]
-    rows = []
-    for sample in samples:
-        answer = dict(zip(outputs, session.run(outputs, dict(sample.feeds)), strict=True))
-        rows.append(max(10 ** (-metrics.snr_db(sample.outputs[k], answer[k]) / 10) for k in sample.outputs))
-    return np.array(rows)
+    for name in names:
+        yield dict(zip(outputs, session.run(outputs, dict(samples[name].feeds)), strict=True))
 
 
 def snr_by_region(noise: Noise, regions: Sequence[str | None]) -> dict[str, float]:

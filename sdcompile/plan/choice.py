@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sdcompile.backends import BACKENDS, Backend
 from sdcompile.families import Family
 from sdcompile.passes import PASSES, Pass, quantization
-from sdcompile.recipe import AcceptRecipe, Recipe
+from sdcompile.recipe import Recipe
 from sdcompile.spec import Precision
 
 
@@ -25,14 +25,15 @@ class Planned(NamedTuple):
 
 class Choice(NamedTuple):
     """`params` are those of the torch module and the engine; `passes` stand in the order in which they run;
-    `rest` is the precision of what int8 leaves unquantized ("" for other precisions)."""
+    `rest` is the precision of what int8 leaves unquantized, and `speedup` what int8 must bring over it (None: nothing).
+    """
 
     backend: Backend
     precision: Precision
     params: dict[str, Any]
     passes: tuple[Planned, ...]
     rest: Precision | None = None
-    accept_if: AcceptRecipe | None = None
+    speedup: float | None = None
 
     @property
     def module_params(self) -> dict[str, Any]:
@@ -43,6 +44,16 @@ class Choice(NamedTuple):
     def pruned(self) -> bool:
         """Is it another function than the source's, so that the defaults of a precision do not apply?"""
         return any(p.record.stage == "prune" for p in self.passes)
+
+    @property
+    def unquantized(self) -> Choice:
+        """The same in the precision `rest`."""
+        assert self.rest is not None
+        kept = [
+            p for p in self.passes if p.record.stage == "prune" or p.record.name in self.backend.realises[self.rest]
+        ]
+        params = {k: v for k, v in self.params.items() if k != "rest"}
+        return Choice(self.backend, self.rest, params, tuple(kept))
 
     @property
     def calibrates(self) -> bool:
@@ -63,9 +74,9 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
         faults.append(f"source: its {family.folders[name]} is already quantized ({method}); name the original weights")
-    params = {
-        "family": family.name, "options": backend.options(**chosen.build).model_dump(mode="json"), **chosen.params,
-    }  # fmt: skip
+    options = backend.options(**chosen.build)
+    faults += [f"components.{name}.build: {fault}" for fault in backend.refuses(precision, options)]
+    params = {"family": family.name, "options": options.model_dump(mode="json"), **chosen.params}
     pruning = recipe.pruning(name)
     if pruning and name != family.denoiser:
         faults.append(
@@ -85,7 +96,8 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
         where = f"components.{name}.quantize.rest" if own and own.quantize and own.quantize.rest else "quantize.rest"
         faults.append(f"{where}: beside int8, {backend.name} computes in {' or '.join(backend.rests)}, not in {rest}")
     passes += [_planned(PASSES[p], {}) for p in backend.realises.get(rest, ())]
-    return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, quantize.accept_if)
+    speedup = quantize.accept_if.speedup if quantize.accept_if else None
+    return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, speedup)
 
 
 def _planned(record: Pass, params: Mapping[str, Any]) -> Planned:

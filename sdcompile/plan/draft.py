@@ -39,7 +39,9 @@ class Draft:
         precision: Any = "fp32",
         memory: int = 0,
         disk: int = 0,
+        variant: str = "",
     ) -> str:
+        """Add a step; returns its name. `variant` is no part of its key."""
         stage, gives, revision, packages, host, cannot = _about(op, self.machine)
         letters = {d for t in (*spec.inputs, *spec.outputs) for d in t.dims} if spec and shapes else set()
         bound = {letter: bounds for letter, bounds in (shapes or {}).items() if not spec or letter in letters}
@@ -53,12 +55,16 @@ class Draft:
             "shapes": {letter: list(bounds) for letter, bounds in bound.items()},
             "inputs": {role: name if name == SOURCE else self.steps[name].key for role, name in inputs.items()},
             "versions": {name: self.machine.versions.get(name) for name in packages},
-            "machine": dict(self.machine.identity) if host else None,
+            "machine": self._identity(op) if host else None,
         }
         job = Job(component, params, precision, spec, bound)
-        step = Step(component, stage, op, gives, dict(inputs), job, parts, key_of(parts), cannot, memory, disk)
+        step = Step(component, stage, op, gives, dict(inputs), job, parts, key_of(parts), cannot, memory, disk, variant)
         self.steps[step.name] = step
         return step.name
+
+    def _identity(self, op: str) -> dict[str, str]:
+        probe = self.machine.probes.get(op)
+        return {**self.machine.identity, **(probe.identity if probe else {})}
 
 
 def _about(op: str, machine: Machine) -> tuple[Stage, Kind, int, tuple[str, ...], bool, str]:

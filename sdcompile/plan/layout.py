@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sdcompile.errors import RecipeError
 from sdcompile.families import FAMILIES
 from sdcompile.plan import memory
-from sdcompile.plan.choice import Choice, Planned, choose
+from sdcompile.plan.choice import Choice, choose
 from sdcompile.plan.draft import Draft
 from sdcompile.plan.packaging import package
 from sdcompile.plan.steps import SOURCE, Machine, Plan
@@ -86,16 +86,18 @@ def resolve(
         draft, recipe, chosen, specs, shapes, {name: road.forms for name, road in roads.items()}, engines, reference
     )
     effects = {name: road.passes for name, road in roads.items()}
-    package(draft, recipe, chosen, facts, shapes, engines, reports, effects, shared, fallbacks)
+    races = {name: road.race for name, road in roads.items() if road.race}
+    package(draft, recipe, chosen, facts, shapes, engines, reports, effects, races, shared, fallbacks)
     return Plan(recipe, tuple(draft.steps.values()), tuple(dict.fromkeys(notes)))
 
 
 class _Road(NamedTuple):
-    """Steps of one component: the last of each form ("checkpoint", "onnx"), the passes in order, the engine."""
+    """Steps of one component: the last of each form ("checkpoint", "onnx"), passes in order, engine, race."""
 
     forms: dict[str, str]
     passes: tuple[str, ...]
     engine: str
+    race: str | None = None
 
 
 def _component(
@@ -110,44 +112,60 @@ def _component(
     opset: int,
     size: int,
 ) -> _Road:
-    """The road of one component from checkpoint to engine."""
-    backend, precision, family = choice.backend, choice.precision, choice.params["family"]
+    """The road of one component from checkpoint to engine, and past a rival where int8 must win."""
+    family = choice.params["family"]
     forms = {"checkpoint": checkpoint}
-    passes: list[str] = []
 
-    def walk(kind: str) -> None:
-        for record, params in (p for p in choice.passes if p.record.kind == kind):
-            inputs = {kind: forms[kind]}
-            if Planned(record, params).calibrates:
+    def walk(forms: dict[str, str], kind: str, choice: Choice, variant: str = "") -> tuple[str, ...]:
+        passes = []
+        for planned in (p for p in choice.passes if p.record.kind == kind):
+            record, inputs = planned.record, {kind: forms[kind]}
+            if planned.calibrates:
                 assert samples is not None
                 inputs["samples"] = samples
             if record.teacher:
                 inputs["teacher"] = checkpoint
             # Checkpoints are fp32 whatever the engine will be, so engines of all precisions share the pruning.
             forms[kind] = draft.add(
-                name, record.name, inputs, {"family": family, **choice.module_params, **params}, spec=spec,
-                shapes=shapes, precision="fp32" if kind == "checkpoint" else precision,
-                memory=memory.needed(record.memory, size), disk=size,
+                name, record.name, inputs, {"family": family, **choice.module_params, **planned.params}, spec=spec,
+                shapes=shapes, precision="fp32" if kind == "checkpoint" else choice.precision,
+                memory=memory.needed(record.memory, size), disk=size, variant=variant,
             )  # fmt: skip
             passes.append(forms[kind])
+        return tuple(passes)
 
-    walk("checkpoint")
-    if backend.takes == "onnx":
-        export = {
-            "family": family, **choice.module_params, "opset": opset,
-            "attention": backend.export.get("attention", "sdpa"), "multiples": facts["multiples"],
-        }  # fmt: skip
-        # fp32 weights stay mapped while they are traced and written: one copy, and the tracer's own needs.
-        forms["onnx"] = draft.add(
-            name, "onnx", {"checkpoint": forms["checkpoint"]}, export, spec=spec, shapes=shapes,
-            memory=memory.needed(memory.EXPORT, size), disk=size,
+    def engine(forms: Mapping[str, str], choice: Choice, variant: str = "") -> str:
+        backend = choice.backend
+        return draft.add(
+            name, backend.name, {backend.takes: forms[backend.takes]}, choice.params, spec=spec, shapes=shapes,
+            precision=choice.precision, memory=memory.needed(backend.memory, size), disk=size, variant=variant,
         )  # fmt: skip
-        walk("onnx")
-    engine = draft.add(
-        name, backend.name, {backend.takes: forms[backend.takes]}, choice.params, spec=spec, shapes=shapes,
-        precision=precision, memory=memory.needed(memory.COMPILE, size), disk=size,
+
+    passes = walk(forms, "checkpoint", choice)
+    if choice.backend.takes != "onnx":
+        return _Road(forms, passes, engine(forms, choice))
+    export = {
+        "family": family, **choice.module_params, "opset": opset,
+        "attention": choice.backend.export.get("attention", "sdpa"), "multiples": facts["multiples"],
+    }  # fmt: skip
+    # fp32 weights stay mapped while they are traced and written: one copy, and the tracer's own needs.
+    forms["onnx"] = draft.add(
+        name, "onnx", {"checkpoint": forms["checkpoint"]}, export, spec=spec, shapes=shapes,
+        memory=memory.needed(memory.EXPORT, size), disk=size,
     )  # fmt: skip
-    return _Road(forms, tuple(passes), engine)
+    plain = dict(forms)
+    passes += walk(forms, "onnx", choice)
+    made = engine(forms, choice)
+    if choice.speedup is None:
+        return _Road(forms, passes, made)
+    rival = choice.unquantized
+    walk(plain, "onnx", rival, rival.precision)
+    race = draft.add(
+        name, "race", {"engine": made, "rival": engine(plain, rival, rival.precision)},
+        {"backend": choice.backend.name, "speedup": choice.speedup}, precision=choice.precision,
+        memory=2 * memory.needed(choice.backend.memory, size),
+    )  # fmt: skip
+    return _Road(forms, passes, made, race)
 
 
 def _samplers(recipe: Recipe) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ def package(
     engines: Mapping[str, str],
     reports: Mapping[str, str],
     effects: Mapping[str, tuple[str, ...]],
+    races: Mapping[str, str],
     shared: Mapping[str, str],
     fallbacks: Mapping[str, str],
 ) -> None:
@@ -51,5 +52,6 @@ def package(
     }  # fmt: skip
     inputs = {f"engine.{name}": engines[name] for name in chosen}
     inputs |= {f"pass.{name}.{draft.steps[step].op}": step for name, steps in effects.items() for step in steps}
+    inputs |= {f"race.{name}": step for name, step in races.items()}
     inputs |= {f"report.{name}": step for name, step in reports.items()}
     draft.add(PIPELINE, "bundle", {**inputs, **shared}, params, shapes=shapes, disk=4 << 20)

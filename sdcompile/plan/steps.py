@@ -30,6 +30,7 @@ class Step:
     inputs   role -> name of the step whose folder plays it (SOURCE for the source itself)
     parts    everything that decides the bytes, readable; `key` is its sha256
     cannot   why this machine cannot run the step ("" = it can)
+    variant  tells a second step of the same op on one component from the first: what it makes otherwise
     """
 
     component: str
@@ -43,10 +44,11 @@ class Step:
     cannot: str = ""
     memory_bytes: int = 0
     disk_bytes: int = 0
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.component}.{self.stage}.{self.op}"
+        return f"{self.component}.{self.stage}.{self.op}{'-' if self.variant else ''}{self.variant}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sdcompile import metrics
+from sdcompile.backends import STAND_IN
 from sdcompile.models import general_prompts
 from sdcompile.plan import memory
 from sdcompile.plan.choice import Choice
@@ -99,10 +100,10 @@ def verification(
     reports = {
         name: draft.add(
             name, "engine",
-            {"engine": engines[name], "samples": record, **forms[name]},
+            {"engine": engines[name], "samples": record, **forms[name], **_exported(draft, name, choice)},
             {
                 **choice.params, "backend": choice.backend.name, "floor": _floor(recipe, name, choice),
-                "own_floor": _own_floor(recipe, name, choice),
+                "own_floor": _own_floor(recipe, name, choice), **_how(draft, choice),
             },
             spec=specs[name], shapes=shapes, precision=choice.precision,
             memory=draft.steps[engines[name]].memory_bytes,
@@ -111,14 +112,34 @@ def verification(
     }  # fmt: skip
     reports[PIPELINE] = draft.add(
         PIPELINE, "images",
-        {**engines, **{role: inputs[role] for role in ("tokenizer", "tables")}, "samples": record},
+        {
+            **engines, **{role: inputs[role] for role in ("tokenizer", "tables")}, "samples": record,
+            **{f"onnx.{name}": forms[name]["onnx"] for name, choice in chosen.items() if _cannot_run(draft, choice)},
+        },
         {
             **recording, "backends": {name: choice.backend.name for name, choice in chosen.items()},
+            "how": {name: _how(draft, choice) for name, choice in chosen.items()},
             "min_psnr_db": _image_floor_db(recipe, chosen),
         },
         shapes=shapes, memory=largest,
     )  # fmt: skip
     return reports
+
+
+def _cannot_run(draft: Draft, choice: Choice) -> str:
+    return draft.machine.probes[choice.backend.name].cannot_run
+
+
+def _exported(draft: Draft, name: str, choice: Choice) -> dict[str, str]:
+    """The fp32 ONNX, by which the ranges of an engine that cannot run are judged."""
+    return {"exported": f"{name}.export.onnx"} if _cannot_run(draft, choice) else {}
+
+
+def _how(draft: Draft, choice: Choice) -> dict[str, Any]:
+    """What of this machine decides a report: the device that runs the engine, or why something stands in for it."""
+    if why := _cannot_run(draft, choice):
+        return {"stand_in": {"why": why, "version": draft.machine.probes[STAND_IN].version}}
+    return {"device": dict(draft.machine.probes[choice.backend.name].identity)}
 
 
 def default_size(recipe: Recipe, shapes: Shapes) -> dict[str, int]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from sdcompile import bundle, machine
-from sdcompile.backends import BACKENDS, Engine, Host
+from sdcompile.backends import BACKENDS, Engine, Host, Probe
 from sdcompile.bundle import Manifest
 from sdcompile.errors import BundleError, HostError, RecipeError
 from sdcompile.families import FAMILIES
@@ -42,21 +42,33 @@ def open_bundle(folder: Path, threads: int | None, cache: Path | None, memory: s
 def require_backends(folder: Path, manifest: Manifest, components: tuple[str, ...]) -> None:
     """Raise HostError, naming reason and remedy, when this machine cannot run one of `components`."""
     for name in components:
-        backend = manifest.components[name].backend
-        if backend not in BACKENDS:
-            raise BundleError(
-                f"{folder}: {name} was compiled by backend {backend!r}, which this sdcompile does not have",
-                "upgrade sdcompile",
-            )
-        probe = BACKENDS[backend].probe()
-        if probe.available:
-            continue
-        here = [b.name for b in BACKENDS.values() if b.name not in _DEVELOPMENT and b.probe().available]
-        rebuild = f"sdcompile build RECIPE --set backend={here[0] if here else 'onnxruntime'}"
-        raise HostError(
-            f"{folder}: {name} needs backend {backend}, which cannot run here: {probe.reason}",
-            f"{probe.hint}; or rebuild it for this machine: {rebuild}" if probe.hint else f"rebuild it: {rebuild}",
+        fitting(folder, manifest, name)
+
+
+def fitting(folder: Path, manifest: Manifest, name: str) -> str:
+    """Which of the engines built for component `name` this machine runs ("" where there is one for all).
+
+    Nothing is loaded. Raises BundleError for a backend unknown here, HostError, naming reason and remedy.
+    """
+    backend = manifest.components[name].backend
+    if backend not in BACKENDS:
+        raise BundleError(
+            f"{folder}: {name} was compiled by backend {backend!r}, which this sdcompile does not have",
+            "upgrade sdcompile",
         )
+    probe = BACKENDS[backend].probe()
+    if probe.available:
+        return BACKENDS[backend].fits(folder / "components" / name)
+    here = [b.name for b in BACKENDS.values() if b.name not in _DEVELOPMENT and _runs(b.probe())]
+    rebuild = f"sdcompile build RECIPE --set backend={here[0] if here else 'onnxruntime'}"
+    raise HostError(
+        f"{folder}: {name} needs backend {backend}, which cannot run here: {probe.reason}",
+        f"{probe.hint}; or rebuild it for this machine: {rebuild}" if probe.hint else f"rebuild it: {rebuild}",
+    )
+
+
+def _runs(probe: Probe) -> bool:
+    return probe.available and not probe.cannot_run
 
 
 def _required(folder: Path, manifest: Manifest) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ OPS: dict[str, Op] = {
     "tokenizer": Op("sdcompile.steps.tokenizer", "compile", "tokenizer", packages=("transformers", "tokenizers")),
     "samplers": Op("sdcompile.steps.sampler", "compile", "tables", revision=2, packages=("diffusers",)),
     "calibrate": Op("sdcompile.steps.calibrate", "calibrate", "samples", packages=_TORCH),
+    "race": Op("sdcompile.steps.race", "compile", "race", host=True),
     "record": Op("sdcompile.steps.record", "verify", "samples", revision=2, packages=_TORCH),
     "engine": Op("sdcompile.steps.verify", "verify", "report", revision=2, host=True),
     "images": Op("sdcompile.steps.verify_images", "verify", "report", host=True),

@@ -19,12 +19,13 @@ from sdcompile.files import link, link_tree
 from sdcompile.passes.base import read_effect
 from sdcompile.spec import Job
 from sdcompile.steps.report import reports as combined
+from sdcompile.steps.report import stood_in
 
 ARTIFACT = "artifact.json"
 
 _TOOLS = (
     "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "openvino", "numpy", "safetensors",
+    "openvino", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13", "tensorrt", "numpy", "safetensors",
 )  # fmt: skip
 
 
@@ -32,8 +33,8 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Assemble the bundle in `out`.
 
     inputs: engine.<component>, report.<component> (absent for backends that cannot be verified),
-    pass.<component>.<op> for each pass, tokenizer, tables. job.params: recipe, source, facts, components,
-    defaults, fallbacks.
+    pass.<component>.<op> for each pass, race.<component> where int8 had to win, tokenizer, tables.
+    job.params: recipe, source, facts, components, defaults, fallbacks.
     """
     params = job.params
     reports = {
@@ -90,7 +91,8 @@ def _component(
     name: str, params: Mapping[str, Any], report: Mapping[str, Any] | None, inputs: Mapping[str, Path]
 ) -> bundle.ComponentEntry:
     entry = params["components"][name]
-    note = params.get("fallbacks", {}).get(name)
+    notes = [params.get("fallbacks", {}).get(name), stood_in(report) if report else None]
+    race = inputs.get(f"race.{name}")
     return bundle.ComponentEntry(
         backend=entry["backend"],
         precision=entry["precision"],
@@ -103,12 +105,13 @@ def _component(
             for op in entry.get("passes", ())
             if (effect := read_effect(inputs[f"pass.{name}.{op}"])) is not None
         ],
-        notes=[note] if note else [],
+        race=json.loads((race / "race.json").read_text(encoding="utf-8")) if race else {},
+        notes=[note for note in notes if note],
     )
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
-    keep = ("passed", "floor", "worst", "by_region", "by_shape")
+    keep = ("passed", "floor", "worst", "by_region", "by_shape", "stand_in", "ranges", "proof")
     return {key: report[key] for key in keep if key in report}
 
 
@@ -137,7 +140,7 @@ def _readme(params: Mapping[str, Any]) -> str:
     rows = "\n".join(
         f"| {name} | {entry['backend']} | {entry['precision']} |" for name, entry in params["components"].items()
     )
-    extras = ",".join(sorted({entry["backend"] for entry in params["components"].values()}))
+    extras = ",".join(sorted({entry["backend"].replace("_", "-") for entry in params["components"].values()}))
     return f"""# {recipe["name"]}
 
 Compiled by sdcompile {__version__} from {source["id"]}. Licence of the source: {source["licence"] or "not stated"}.

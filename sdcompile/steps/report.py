@@ -48,7 +48,7 @@ _AGAINST = {
 
 def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
     worst, name = report["worst"], report["component"]
-    engine = f"{name} ({report['backend']}, {report['precision']})"
+    engine = f"{_subject(report)}{name} ({report['backend']}, {report['precision']})"
     lines = [
         f"{engine} does not agree with {_AGAINST[report['against']]}: {_shortfall(report)}",
         f"worst input: {_described(worst)}",
@@ -63,7 +63,7 @@ def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
 def _image_fault(report: Report, folder: Path | None) -> VerifyError:
     worst = report["worst"]
     lines = [
-        f"whole images do not agree with the fp32 reference: {_shortfall(report)}",
+        f"{_subject(report)}whole images do not agree with the fp32 reference: {_shortfall(report)}",
         f"worst image: {_described(worst)}",
     ]
     if kept := report.get("kept"):
@@ -74,6 +74,21 @@ def _image_fault(report: Report, folder: Path | None) -> VerifyError:
         "(`verify: {on_fail: fallback}`)"
     )
     return VerifyError("\n".join(lines), hint)
+
+
+def stood_in(report: Report) -> str:
+    """What was run instead of an engine that cannot run where it was built; "" when the engine itself was."""
+    told = report.get("stand_in")
+    if not told:
+        return ""
+    return (
+        f"the engine was not run ({told['why']}): verified is the ONNX it was built from, run by {told['backend']} on "
+        "the CPU, and the compiler's own layer table"
+    )
+
+
+def _subject(report: Report) -> str:
+    return f"the ONNX (run by {report['stand_in']['backend']}, not the engine) of " if report.get("stand_in") else ""
 
 
 def _hint(report: Report) -> str:
@@ -99,6 +114,11 @@ def _hint(report: Report) -> str:
 def _shortfall(figures: Report) -> str:
     """What missed which floor, in words: of a report, or of one row of it."""
     worst, floor = figures["worst"], figures["floor"]
+    if beyond := (figures.get("ranges") or {}).get("beyond"):
+        return (
+            f"the value of {beyond[0]['node']} reaches {beyond[0]['max_abs']:g} where the largest fp16 is "
+            f"{figures['ranges']['limit']:g}" + (f", and {len(beyond) - 1} more do" if len(beyond) > 1 else "")
+        )
     if worst.get("error"):
         return f"the engine failed: {worst['error']}"
     if not worst["finite"]:

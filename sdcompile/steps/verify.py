@@ -7,6 +7,7 @@ library an engine runs in.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdcompile import checkpoint, metrics
-from sdcompile.backends import BACKENDS, Backend, Engine, Host
+from sdcompile.backends import BACKENDS, STAND_IN, Backend, Engine, Host
 from sdcompile.backends.base import read_card
 from sdcompile.errors import StageError
 from sdcompile.samples import Sample, Samples
 from sdcompile.spec import PIPELINE, Job, Say, say_nothing
+from sdcompile.steps import ranges, standing_in
 from sdcompile.steps.report import write
 
 if TYPE_CHECKING:
@@ -35,17 +37,38 @@ WORST_FILE = "worst.npz"
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Verify the engine in `inputs["engine"]` against `inputs["samples"]`; always writes report.json.
 
-    job.params: backend, floor {min_snr_db, min_cosine}, and the component's own. When the floor is
-    missed, worst.npz keeps the worst sample, and with `inputs["checkpoint"]` and `inputs["onnx"]`
-    the first layer that diverges is looked for.
+    job.params: backend, floor {min_snr_db, min_cosine}, stand_in {why} where the engine cannot run here
+    (then `inputs["exported"]` is the fp32 ONNX), own_floor (see `_judged`), and the component's own.
+    When a floor is missed, worst.npz keeps the worst sample, and with `inputs["checkpoint"]` and
+    `inputs["onnx"]` the first layer that diverges is looked for.
+    """
+    backend, engine = BACKENDS[job.params["backend"]], inputs["engine"]
+    floor = metrics.Floor(**job.params["floor"])
+    samples = Samples(inputs["samples"], job.component)
+    stand_in = job.params.get("stand_in")
+    told: dict[str, Any] = {"backend": backend.name, "precision": job.precision, "proof": standing_in.proof(engine)}
+    with tempfile.TemporaryDirectory(dir=out, prefix="standing-in-") as scratch:
+        if stand_in:
+            told["stand_in"] = {"backend": STAND_IN, "why": stand_in["why"]}
+            card = read_card(engine, backend.name)
+            told["ranges"] = ranges.check(inputs["exported"], inputs["onnx"], card, samples, Path(scratch), job.say)
+            engine = standing_in.build(card, inputs["onnx"], Path(scratch) / "engine")
+            backend = BACKENDS[STAND_IN]
+        report = _judged(backend, {**inputs, "engine": engine}, samples, floor, job, out)
+    if (told.get("ranges") or {}).get("beyond"):
+        told["passed"] = False
+    write(out, {**report, **told})
+
+
+def _judged(
+    backend: Backend, inputs: Mapping[str, Path], samples: Samples, floor: metrics.Floor, job: Job, out: Path
+) -> dict[str, Any]:
+    """The report of the engine in `inputs["engine"]`.
 
     own_floor, given where the component was pruned, is what the engine must reach against the pruned
     torch module itself, before it is compared with the source's: only then is what is left the cost of
     pruning, and not of compiling, which the floor of pruned components would let pass.
     """
-    backend = BACKENDS[job.params["backend"]]
-    floor = metrics.Floor(**job.params["floor"])
-    samples = Samples(inputs["samples"], job.component)
     own: dict[str, Any] | None = None
     if job.params.get("own_floor"):
         own_floor = metrics.Floor(**job.params["own_floor"])
@@ -53,14 +76,13 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         own = {**judge(backend, inputs["engine"], mine, own_floor, keep=out, say=job.say), "against": "checkpoint"}
         if not own["passed"]:
             own["divergence"] = _divergence(backend, inputs, mine, own, own_floor, out, job.say)
-            write(out, own)
-            return
+            return own
     report = judge(backend, inputs["engine"], samples, floor, keep=out, say=job.say)
     if own is not None:
         report["own"] = {"floor": own["floor"], "worst": own["worst"]}
     elif not report["passed"]:
         report["divergence"] = _divergence(backend, inputs, samples, report, floor, out, job.say)
-    write(out, report)
+    return report
 
 
 class _Answered(Samples):

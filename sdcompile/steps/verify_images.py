@@ -6,6 +6,7 @@ library an engine runs in.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdcompile import metrics, samples
-from sdcompile.backends import BACKENDS, Engine, Host
+from sdcompile.backends import BACKENDS, STAND_IN, Engine, Host
 from sdcompile.backends.base import read_card
 from sdcompile.runtime import load
 from sdcompile.runtime.images import pil_from_pixels
 from sdcompile.runtime.pipeline import Pipeline
 from sdcompile.spec import PIPELINE, Job, Precision, Say, say_nothing
+from sdcompile.steps import standing_in
 from sdcompile.steps.reference import Trajectory, model_of
 from sdcompile.steps.report import write
 
@@ -33,22 +35,31 @@ if TYPE_CHECKING:
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Make every recorded image with the engines in `inputs` and write report.json.
 
-    inputs: one engine folder per component, samples, tokenizer, tables. job.params: those of
-    `record`, backends {component: name}, min_psnr_db. When the floor is missed, the worst pair is
-    kept as worst-reference.png and worst-engine.png.
+    inputs: one engine folder per component (and onnx.<component> where something stands in for it),
+    samples, tokenizer, tables. job.params: those of `record`, backends {component: name}, how
+    {component: {stand_in: {why}}}, min_psnr_db. When the floor is missed, the worst pair is kept as
+    worst-reference.png and worst-engine.png.
     """
     backends: Mapping[str, str] = job.params["backends"]
-
-    def open_engine(component: str) -> Engine:
-        return BACKENDS[backends[component]].open(inputs[component], Host())
-
     cards = {name: read_card(inputs[name], backend) for name, backend in backends.items()}
-    with Pipeline(model_of(job.params, inputs, job), open_engine, low_memory=True) as pipeline:
-        report = judge(
-            pipeline, inputs["samples"], job.params["min_psnr_db"], backends,
-            [card.precision for card in cards.values()], keep=out, say=job.say,
-        )  # fmt: skip
-    write(out, report)
+    unrun = {name: how["stand_in"] for name, how in job.params.get("how", {}).items() if "stand_in" in how}
+    with tempfile.TemporaryDirectory(dir=out, prefix="standing-in-") as scratch:
+        engines = {name: (backend, inputs[name]) for name, backend in backends.items()}
+        for name in unrun:
+            made = standing_in.build(cards[name], inputs[f"onnx.{name}"], Path(scratch) / name)
+            engines[name] = (STAND_IN, made)
+
+        def open_engine(component: str) -> Engine:
+            backend, folder = engines[component]
+            return BACKENDS[backend].open(folder, Host())
+
+        with Pipeline(model_of(job.params, inputs, job), open_engine, low_memory=True) as pipeline:
+            report = judge(
+                pipeline, inputs["samples"], job.params["min_psnr_db"], backends,
+                [card.precision for card in cards.values()], keep=out, say=job.say,
+            )  # fmt: skip
+    why = "; ".join(dict.fromkeys(row["why"] for row in unrun.values()))
+    write(out, {**report, "stand_in": {"backend": STAND_IN, "why": why}} if unrun else report)
 
 
 def recheck(bundle: Path, manifest: Manifest, recorded: Path) -> dict[str, Any]:

@@ -14,11 +14,14 @@ from sdcompile.backends.base import read_card
 pytestmark = pytest.mark.tiny
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
+# Engines that cannot run here are tested without running them (test_trt_live) and with a fake GPU (test_trt_engine).
+RUNNING = [name for name, backend in BACKENDS.items() if backend.probe().available and not backend.probe().cannot_run]
 RIVALS = [
     (name, precision)
-    for name, backend in BACKENDS.items()
-    for precision in backend.realises
-    if backend.verifiable and (name, precision) != ("reference", "fp32")
+    for name in RUNNING
+    for precision in BACKENDS[name].realises
+    # int8 is fitted to recorded samples, which these random models have none of (tests/test_compression.py).
+    if BACKENDS[name].verifiable and (name, precision) != ("reference", "fp32") and precision != "int8"
 ]
 
 
@@ -79,7 +82,7 @@ def test_one_changed_weight_breaks_the_agreement(backend, component, forms, torc
         assert not floor.holds(metrics.snr_db(expected, array), metrics.cosine(expected, array))
 
 
-@pytest.mark.parametrize("backend", [n for n, b in BACKENDS.items() if b.verifiable])
+@pytest.mark.parametrize("backend", [name for name in RUNNING if BACKENDS[name].verifiable])
 def test_feeds_stay_unchanged_and_outputs_belong_to_the_caller(backend, forms, tmp_path):
     model = forms("unet")
     engine = model.engine(backend, tmp_path)
@@ -96,7 +99,7 @@ def test_feeds_stay_unchanged_and_outputs_belong_to_the_caller(backend, forms, t
     np.testing.assert_array_equal(engine(feeds)["out_sample"], before["out_sample"])
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", RUNNING)
 def test_a_build_writes_into_its_own_folder_only_and_a_copy_opens(backend, forms, tmp_path, monkeypatch):
     model = forms("unet")
     source = shutil.copytree(model.source(backend), tmp_path / "source")
@@ -118,7 +121,7 @@ def test_a_build_writes_into_its_own_folder_only_and_a_copy_opens(backend, forms
     assert engine(model.feeds())["out_sample"].shape == (2, 4, 16, 16)
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", RUNNING)
 def test_the_card_repeats_what_the_build_was_told(backend, forms, tmp_path):
     model = forms("unet")
     card = read_card(model.build(backend, tmp_path), backend)

@@ -242,3 +242,35 @@ def test_integers_are_those_of_onnx(form):
     graph = helper.make_graph([node], "q", infos, [helper.make_tensor_value_info("y", TensorProto.INT8, None)])
     (expected,) = ReferenceEvaluator(helper.make_model(graph)).run(None, {"x": weight, "s": scale, "z": zero})
     np.testing.assert_array_equal(quantized(weight, scale, zero, 0), expected)
+
+
+def test_weights_that_the_store_shares_with_an_engine_are_read_all_the_same(form, recorded, tmp_path):
+    for path in form.iterdir():
+        (tmp_path / "shared").mkdir(exist_ok=True)
+        (tmp_path / "shared" / path.name).hardlink_to(path)
+    try:
+        assert quantize(tmp_path / "shared", recorded, tmp_path / "out")["quantized"] == len(LAYERS)
+    finally:
+        for path in (tmp_path / "shared").iterdir():
+            path.unlink()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "model.onnx.data", "effect.json"}
+
+
+def test_the_products_inside_an_attention_are_found_by_the_softmax_between_them():
+    import onnx_ir as ir
+    from onnx import TensorProto, helper
+
+    from sdcompile.passes import qdq
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "x"], ["q"], name="to_q"),
+        helper.make_node("MatMul", ["q", "x"], ["s"], name="scores"),
+        helper.make_node("Mul", ["s", "x"], ["scaled"], name="scale"),
+        helper.make_node("Add", ["scaled", "x"], ["masked"], name="mask"),
+        helper.make_node("Softmax", ["masked"], ["p"], name="softmax"),
+        helper.make_node("MatMul", ["p", "x"], ["o"], name="weigh"),
+        helper.make_node("MatMul", ["o", "x"], ["y"], name="to_out"),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (4, 4)) for name in "xy"]
+    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:]))
+    assert qdq.inside_attentions(ir.serde.deserialize_model(model).graph) == {"scores", "weigh"}

@@ -1,0 +1,107 @@
+"""Device memory, pinned host memory, one stream and CUDA graphs, through the driver API of cuda-bindings.
+
+The driver API alone, so that neither a CUDA toolkit nor torch is needed. It knows no engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sdcompile.errors import HostError, StageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_HINT = "pip install 'sdcompile[tensorrt-rtx]'"
+
+
+def load() -> Any:
+    """The driver API's module. Raises HostError when cuda-bindings is missing."""
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise HostError(f"NVIDIA engines cannot run here: cuda-bindings is not installed ({error})", _HINT) from error
+    return driver
+
+
+class Gpu:
+    """The first GPU's primary context and one stream on it. Everything it handed out is freed by `close`.
+
+    The primary context is shared with whoever else uses the GPU in this process (torch, onnxruntime).
+    Every failing call raises StageError with CUDA's own name for it.
+    """
+
+    def __init__(self, api: Any) -> None:
+        self._api = api
+        self._call("cuInit", 0)
+        self._device = self._call("cuDeviceGet", 0)
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self._frees: list[Callable[[], Any]] = []
+        self.enter()
+        stream = self._call("cuStreamCreate", int(api.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self._stream = stream
+        self._frees.append(lambda: self._call("cuStreamDestroy", stream))
+
+    @property
+    def stream(self) -> int:
+        return int(self._stream)
+
+    def enter(self) -> None:
+        """Make the context current in the calling thread."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def allocate(self, size: int) -> int:
+        """`size` bytes on the device; returns the address."""
+        address = self._call("cuMemAlloc", max(1, size))
+        self._frees.append(lambda: self._call("cuMemFree", address))
+        return int(address)
+
+    def pinned(self, size: int) -> np.ndarray:
+        """`size` bytes of page-locked host memory, as uint8: copies from and to it need no staging."""
+        import numpy as np
+
+        address = self._call("cuMemHostAlloc", max(1, size), 0)
+        self._frees.append(lambda: self._call("cuMemFreeHost", address))
+        return np.ctypeslib.as_array((ctypes.c_uint8 * max(1, size)).from_address(int(address)))
+
+    def copy_in(self, address: int, host: np.ndarray, size: int) -> None:
+        self._call("cuMemcpyHtoDAsync", address, host.ctypes.data, size, self._stream)
+
+    def copy_out(self, host: np.ndarray, address: int, size: int) -> None:
+        self._call("cuMemcpyDtoHAsync", host.ctypes.data, address, size, self._stream)
+
+    def wait(self) -> None:
+        self._call("cuStreamSynchronize", self._stream)
+
+    def capture(self, enqueue: Callable[[], None]) -> Any:
+        """What `enqueue` puts on the stream, as a graph for `replay`. Nothing of it is run now."""
+        mode = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuStreamBeginCapture", self._stream, mode)
+        try:
+            enqueue()
+        finally:
+            # Also after a fault: the stream would stay in capture, and every later call on it fail.
+            graph = self._call("cuStreamEndCapture", self._stream)
+        executable = self._call("cuGraphInstantiate", graph, 0)
+        self._call("cuGraphDestroy", graph)
+        return executable
+
+    def replay(self, executable: Any) -> None:
+        self._call("cuGraphLaunch", executable, self._stream)
+
+    def forget(self, executable: Any) -> None:
+        self._call("cuGraphExecDestroy", executable)
+
+    def close(self) -> None:
+        self.enter()
+        while self._frees:
+            self._frees.pop()()
+        self._call("cuDevicePrimaryCtxRelease", self._device)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        code, *results = getattr(self._api, name)(*arguments)
+        if int(code) != 0:
+            raise StageError(f"CUDA: {name} failed: {getattr(code, 'name', code)}")
+        return results[0] if results else None

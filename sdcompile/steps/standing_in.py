@@ -1,0 +1,40 @@
+"""What verification runs where an engine can be built but not run: the ONNX it was built from, on the CPU.
+
+That the ONNX agrees with the reference says that weights, types and graph are right. It does not
+say that the engine is: its arithmetic is another library's. Reports made so say so (`stand_in`), and
+carry what is known of the engine itself: the claims its compiler's own layer table bears out (`proof`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sdcompile.backends import BACKENDS, STAND_IN
+from sdcompile.backends.base import LAYERS, Card
+from sdcompile.spec import Job
+
+
+def build(card: Card, onnx: Path, out: Path) -> Path:
+    """Make an engine of the stand-in from the folder `onnx`, for the shapes of `card`; returns `out`.
+
+    Weights are linked. Of an int8 graph the stand-in need not compute anything in int8, as nobody gains
+    by it: it is called by the precision of the rest. Raises HostError when the stand-in is missing,
+    StageError when it refuses the graph.
+    """
+    out.mkdir(parents=True)
+    params = {**card.params, "options": {}}
+    precision = card.params["rest"] if card.precision == "int8" else card.precision
+    BACKENDS[STAND_IN].build(onnx, out, Job(card.component, params, precision, card.spec, card.shapes))
+    return out
+
+
+def proof(folder: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """Target -> the claims of the engine in `folder`, from its layer table; {} when it has none."""
+    with suppress(FileNotFoundError):
+        engines = json.loads((folder / LAYERS).read_text(encoding="utf-8"))["engines"]
+        return {target: table["claims"] for target, table in engines.items()}
+    return {}
