@@ -6,6 +6,7 @@
       components/<name>/  engine files, as the backend wrote them
       samplers/<name>.npz compiled sampler tables
       tokenizer/          tokenizer.json
+      profiles.json       named sets of options, for people to edit: the one file without a hash
       reports/            verify.json, verify.xml (JUnit)
 
 This room knows files and hashes. It refuses to know how an engine is built or run.
@@ -57,12 +58,16 @@ class ComponentEntry(_Frozen):
 
 
 class SamplerEntry(_Frozen):
-    """One compiled sampler: the diffusers scheduler it stands for and the step counts it holds."""
+    """One compiled sampler: the diffusers scheduler it stands for and the step counts it holds.
+
+    `fit` tells of a fitted one how near it and its base come to the teacher, and which of them was kept.
+    """
 
     file: str
     scheduler: str
     config: dict[str, Any] = Field(default_factory=dict)
     num_inference_steps: tuple[int, ...]
+    fit: dict[str, Any] = Field(default_factory=dict)
 
 
 class TokenizerEntry(_Frozen):
@@ -76,7 +81,7 @@ class TokenizerEntry(_Frozen):
 
 
 class Defaults(_Frozen):
-    """What a request that leaves an argument open gets."""
+    """What a request that leaves an argument open gets; `options` are those of runtime.options set besides."""
 
     sampler: str
     num_inference_steps: int
@@ -84,6 +89,7 @@ class Defaults(_Frozen):
     height: int
     width: int
     negative_prompt: str = ""
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class Manifest(_Frozen):

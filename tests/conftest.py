@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, and no time limit for one: these tests tell of the code, not of the machine.
+settings.register_profile("sdcompile", deadline=None, derandomize=True, database=None)
+settings.load_profile("sdcompile")
 
 SD15 = {
     "model_index": {"_class_name": "StableDiffusionPipeline"},

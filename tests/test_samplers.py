@@ -16,7 +16,8 @@ import pytest
 
 from sdcompile.errors import RecipeError
 from sdcompile.runtime.noise import Generator
-from sdcompile.runtime.sampler import NOISE, Table, Term, load, sample, save
+from sdcompile.runtime.sampler import sample
+from sdcompile.runtime.tables import NOISE, Table, Term, load, save
 from sdcompile.samplers import SAMPLERS
 from sdcompile.spec import Job
 
@@ -75,7 +76,12 @@ def by_diffusers(scheduler: str, config: dict[str, Any], steps: int, seed: int =
 
 def by_table(table: Table, seed: int = 3) -> np.ndarray:
     generator = Generator(seed)
-    return sample(table, bent_model, generator.randn(SHAPE), lambda: generator.randn(SHAPE))
+    return sample(
+        table,
+        lambda x, index, images: bent_model(x, table.calls[index].timestep),
+        generator.randn(SHAPE),
+        lambda: generator.randn(SHAPE),
+    )
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -318,8 +324,61 @@ def test_a_table_read_back_is_the_table_written(name: str, tmp_path: Path) -> No
     assert [load(tmp_path, name, n) for n in (2, 7)] == compiled
 
 
-@pytest.mark.parametrize(("name", "limit_bytes"), [("ddim", 100_000), ("unipc", 600_000)])
+@pytest.mark.parametrize(("name", "limit_bytes"), [("ddim", 150_000), ("unipc", 600_000)])
 def test_fifty_step_counts_take_little_room(name: str, limit_bytes: int, tmp_path: Path) -> None:
     """ddim's rows are the shortest, unipc's the longest of the samplers bundles usually hold."""
     path = save(tmp_path, name, tables(name, SD15, tuple(range(1, 51)))[0])
     assert path.stat().st_size < limit_bytes
+
+
+AYS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_timesteps_of_a_recipe_are_those_of_the_scheduler(scheduler: str) -> None:
+    (table,), _ = compiler.tables_for(scheduler, SD15, {"timesteps": AYS}, [20, 30])
+    assert table.num_inference_steps == 10
+    assert [call.timestep for call in table.calls] == AYS
+    instance = getattr(diffusers, scheduler).from_config(SD15)
+    instance.set_timesteps(timesteps=AYS, device="cpu")
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) * instance.init_noise_sigma
+    for timestep in instance.timesteps:
+        output = torch.from_numpy(bent_model(instance.scale_model_input(latents, timestep).numpy(), float(timestep)))
+        latents = instance.step(output, timestep, latents).prev_sample
+    assert relative_error(by_table(table), latents.numpy()) <= PARITY
+    with pytest.raises(RecipeError, match="DDIMScheduler does not take timesteps"):
+        compiler.table("DDIMScheduler", SD15, 10, {"timesteps": AYS})
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in ("pndm", "unipc", "sasolver", "ipndm")])
+def test_a_table_begins_at_a_later_step_as_its_scheduler_does(name: str) -> None:
+    from sdcompile.runtime.joining import begun_at
+
+    (table,) = tables(name, SD15, (12,))[0]
+    instance = getattr(diffusers, SAMPLERS[name].scheduler).from_config({**SD15, **SAMPLERS[name].config})
+    for step in (1, 5, 11):
+        theirs = copy.deepcopy(instance)
+        theirs.set_timesteps(12, device="cpu")
+        first = step * getattr(theirs, "order", 1)
+        if hasattr(theirs, "set_begin_index"):
+            theirs.set_begin_index(first)
+        generator = torch.Generator("cpu").manual_seed(3)
+        noise, clean = torch.randn(SHAPE, generator=generator), torch.full(SHAPE, 0.5)
+        latents = theirs.add_noise(clean, noise, theirs.timesteps[first : first + 1])
+        taken = inspect.signature(theirs.step).parameters
+        options = {"generator": generator, "eta": 0.0}
+        options = {key: value for key, value in options.items() if key in taken}
+        for timestep in theirs.timesteps[first:]:
+            output = torch.from_numpy(bent_model(theirs.scale_model_input(latents, timestep).numpy(), float(timestep)))
+            latents = theirs.step(output, timestep, latents, **options).prev_sample
+        late, ours = begun_at(table, step), Generator(3)
+        found = sample(
+            late, lambda x, index, images, late=late: bent_model(x, late.calls[index].timestep), ours.randn(SHAPE),
+            lambda ours=ours: ours.randn(SHAPE), clean=clean.numpy(),
+        )  # fmt: skip
+        assert relative_error(found, latents.numpy()) <= 1e-4, step
+
+
+def test_samplers_that_look_back_to_their_beginning_have_no_starts() -> None:
+    for name in ("unipc", "sasolver", "pndm"):
+        assert not tables(name, SD15, (20,))[0][0].starts

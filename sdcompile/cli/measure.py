@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from sdcompile.cli.generate import size_of
 from sdcompile.cli.words import STORE, Force, Json, Offline, StorePath, app, reported
 
 Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="One or more bundle folders.")]
@@ -74,7 +73,7 @@ def bench(
 
     old = baselines.read(baseline) if baseline else None
     allowed = baselines.fraction(max_regression)
-    height, width = size_of(size)
+    height, width = _sides(size)
     ask = contenders.Ask(steps, guidance_scale, sampler, height, width)
     settings = benches.Settings(
         processes, images, threads or machine.threads(), benches.batch_sizes(batch), seed, prompt, memory
@@ -143,7 +142,7 @@ def evaluate(
     from sdcompile.measure import evaluate as evaluating
     from sdcompile.store import Store
 
-    height, width = size_of(size)
+    height, width = _sides(size)
     asked = evaluating.Asked(
         contenders.Ask(steps, guidance_scale, sampler, height, width), prompts, prompts_file, seed, reference,
         features, real,
@@ -226,6 +225,14 @@ def report(
         default = target.parent / f"{target.resolve().name.removesuffix('.sdc')}.html"
     writing.write_text(output or default, page)
     console.note(f"wrote {output or default}")
+
+
+def _sides(size: str | None) -> tuple[int | None, int | None]:
+    """ "WxH" -> (height, width)."""
+    from sdcompile.runtime import promptfiles
+
+    sides = promptfiles.size(size, "--size ") if size else {}
+    return sides.get("height"), sides.get("width")
 
 
 def _tell(result: dict[str, Any], shown: Any, output: Path | None, summary: Path | None, json: bool) -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "show_manifest",
     "show_measured",
     "show_plan",
+    "show_prompt",
     "show_result",
     "show_selftest",
 ]
@@ -169,6 +170,11 @@ def show_images(files: Sequence[Saved], *, json_mode: bool = False) -> None:
     _show("images", {"images": rows}, "images", json_mode)
 
 
+def show_prompt(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
+    """What a bundle reads in a prompt (see runtime.linting.Report)."""
+    _show("prompt", facts, "prompt", json_mode)
+
+
 @contextmanager
 def generating(total: int, *, json_mode: bool = False) -> Iterator[Callable[[int, int, int], None]]:
     """Progress of `generate`: yields a function of (images finished, step in hand, steps or 0 if unknown)."""
@@ -185,9 +191,14 @@ def generating(total: int, *, json_mode: bool = False) -> Iterator[Callable[[int
     if not terminal.is_live():
         yield lambda images, step, steps: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=terminal.stderr(), transient=True) as bar:
         task = bar.add_task(f"image 1 of {total}", total=total)
 

@@ -73,6 +73,15 @@ def explanation(facts: Facts) -> Iterator[Any]:
     yield json.dumps(facts["parts"], indent=2, ensure_ascii=False, default=str)
 
 
+def prompt(facts: Facts) -> Iterator[Any]:
+    tokens = list(facts["tokens"])
+    yield f"tokens     {' + '.join(map(str, tokens))} of {facts['chunks']} x {facts['chunk_length']}"
+    if facts["left_out"]:
+        yield f"left out   {facts['left_out']}"
+    for remark in facts["remarks"]:
+        yield f"remark     {remark}"
+
+
 def doctor(facts: Facts) -> Iterator[Any]:
     features = ", ".join(facts["features"]) or "no known features"
     yield f"processor  {facts['cpu']}, {facts['threads']} threads ({features})"

@@ -16,10 +16,10 @@ from sdcompile.plan import memory
 from sdcompile.plan.choice import Choice, choose
 from sdcompile.plan.draft import Draft
 from sdcompile.plan.packaging import package
+from sdcompile.plan.sampling import fitting, samplers
 from sdcompile.plan.steps import SOURCE, Machine, Plan
 from sdcompile.plan.verification import calibration, verification
 from sdcompile.recipe import Recipe
-from sdcompile.samplers import SAMPLERS
 from sdcompile.spec import PIPELINE, ComponentSpec, Shapes
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ def resolve(
     first, last = recipe.sampler_steps
     tables = draft.add(
         PIPELINE, "samplers", {SOURCE: assets},
-        {"samplers": _samplers(recipe), "num_inference_steps": list(range(first, last + 1))},
+        {"samplers": samplers(recipe), "num_inference_steps": list(range(first, last + 1))},
         disk=4 << 20,
     )  # fmt: skip
 
+    tables = fitting(draft, recipe, chosen, shapes, {**checkpoints, "assets": assets, "tokenizer": tokenizer}, tables)
     shared = {"tokenizer": tokenizer, "tables": tables}
     reference = {**checkpoints, **shared}
     samples = calibration(draft, recipe, chosen, shapes, reference, faults)
@@ -166,17 +167,6 @@ def _component(
         memory=2 * memory.needed(choice.backend.memory, size),
     )  # fmt: skip
     return _Road(forms, passes, made, race)
-
-
-def _samplers(recipe: Recipe) -> list[dict[str, Any]]:
-    """Every sampler as diffusers knows it; what the recipe sets wins over what the short name fixes."""
-    rows = []
-    for sampler in recipe.samplers:
-        row = SAMPLERS.get(sampler.name)
-        fixed = row.config if row and sampler.scheduler in (None, row.scheduler) else {}
-        scheduler = sampler.scheduler or (row.scheduler if row else sampler.name)
-        rows.append({"name": sampler.name, "scheduler": scheduler, "config": {**fixed, **sampler.config}})
-    return rows
 
 
 def _faults_of_defaults(recipe: Recipe, shapes: Shapes) -> list[str]:

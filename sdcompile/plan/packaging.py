@@ -7,6 +7,7 @@ from typing import Any
 
 from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft
+from sdcompile.plan.sampling import profiles
 from sdcompile.plan.verification import default_size
 from sdcompile.recipe import Recipe, dump
 from sdcompile.spec import PIPELINE, Shapes
@@ -48,7 +49,9 @@ def package(
             "guidance_scale": recipe.defaults.guidance_scale,
             "negative_prompt": recipe.defaults.negative_prompt,
             **default_size(recipe, shapes),
+            "options": recipe.defaults.options,
         },
+        "profiles": profiles(recipe),
     }  # fmt: skip
     inputs = {f"engine.{name}": engines[name] for name in chosen}
     inputs |= {f"pass.{name}.{draft.steps[step].op}": step for name, steps in effects.items() for step in steps}

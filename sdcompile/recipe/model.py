@@ -26,6 +26,7 @@ from sdcompile.recipe.fields import (
     fault,
     parse_source,
 )
+from sdcompile.recipe.generation import Profiles
 from sdcompile.recipe.sections import DefaultsRecipe, SamplerRecipe, ShapesRecipe, VerifyRecipe, empty_for_null
 from sdcompile.spec import Precision
 
@@ -119,6 +120,9 @@ class Recipe(Part):
     )
     sampler_steps: Span = Field(default=(1, 50), description="First and last number of steps compiled in.")
     defaults: DefaultsRecipe = Field(default_factory=_unset(DefaultsRecipe), description="What open arguments get.")
+    profiles: Profiles | None = Field(
+        default=None, description="Named sets of options. Unset = draft, balanced and quality, by their steps."
+    )
     components: Components = Field(
         default_factory=dict, description="Settings per component. vae_encoder is built only when listed."
     )
@@ -213,6 +217,11 @@ def cross_faults(recipe: Recipe) -> Iterator[Fault]:
         if name in names[:index]:
             place = ("samplers", index)
             yield Fault(place, f"sampler '{name}' is listed twice; give one of them another name", (place,))
+    plain = [sampler.name for sampler in recipe.samplers if sampler.fit is None]
+    for index, sampler in enumerate(recipe.samplers):
+        if sampler.base is not None and sampler.base not in plain:
+            place = ("samplers", index, "base")
+            yield Fault(place, f"'{sampler.base}' is not one of samplers{did_you_mean(sampler.base, plain)}", (place,))
     chosen = recipe.defaults.sampler
     if chosen is not None and chosen not in names:
         place = ("defaults", "sampler")

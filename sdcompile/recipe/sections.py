@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, model_validator
 
 from sdcompile.recipe.fields import MAX_STEPS, FileName, Number, Part, Size, String, Whole, did_you_mean, fault, shown
+from sdcompile.recipe.generation import FittedFields, RequestDefaults
 
 
 class ShapesRecipe(Part):
@@ -22,7 +23,7 @@ class ShapesRecipe(Part):
     )
 
 
-class SamplerRecipe(Part):
+class SamplerRecipe(FittedFields, Part):
     """A sampler: a short name, or a name of your own with a diffusers scheduler class and config fields."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -51,6 +52,12 @@ class SamplerRecipe(Part):
                 raise fault(f"unknown field '{key}', did you mean 'scheduler'?")
         if self.scheduler is not None and not self.scheduler.isidentifier():
             raise fault(f"scheduler '{self.scheduler}' is no diffusers class name")
+        if (self.fit is None) != (self.base is None) or (self.fit is None) != (self.num_inference_steps is None):
+            raise fault("a fitted sampler has base, num_inference_steps and fit: all three of them")
+        if self.fit is not None:
+            if self.scheduler is not None or self.config:
+                raise fault("a fitted sampler takes scheduler and settings from its base")
+            return self
         if info.context and info.context.samplers and self.scheduler is None and self.name not in info.context.samplers:
             near = did_you_mean(self.name, info.context.samplers)
             raise fault(
@@ -60,7 +67,7 @@ class SamplerRecipe(Part):
         return self
 
 
-class DefaultsRecipe(Part):
+class DefaultsRecipe(RequestDefaults, Part):
     """What a request to the bundle gets where it leaves an argument open."""
 
     sampler: String | None = Field(default=None, description="One of `samplers`. Unset = the first of them.")

@@ -26,6 +26,8 @@ def load(
     cache: str | Path | None = None,
     memory: Literal["auto", "low", "high"] = "auto",
     verify_files: bool = True,
+    prompt_cache: str | Path | None = None,
+    prompt_cache_bytes: int = 256 << 20,
 ) -> Pipeline:
     """Open the bundle folder `path`; engines themselves are opened when a request first needs them.
 
@@ -35,11 +37,16 @@ def load(
                   denoiser and VAE do not add up (engines are opened anew for every request);
                   "high": engines stay open; "auto": "low" when the engines' files times 1.5 and
                   1 GiB exceed the available memory
-    verify_files  compare the sha256 of every file that will be read with the manifest
+    verify_files  compare the sha256 of every file that may be read with the manifest
+    prompt_cache  folder for prompt embeddings, shared by processes and kept below prompt_cache_bytes;
+                  None = they are remembered by this pipeline alone
 
     Raises BundleError when the bundle is damaged, incomplete or too new, HostError when this
     machine lacks what an engine needs, RecipeError for an unknown value of `memory`.
     """
     from sdcompile.runtime.opening import open_bundle
 
-    return open_bundle(Path(path), threads, Path(cache) if cache is not None else None, memory, verify_files)
+    opened = open_bundle(Path(path), threads, Path(cache) if cache is not None else None, memory, verify_files)
+    if prompt_cache is not None:
+        opened.keep_prompts(Path(prompt_cache), prompt_cache_bytes)
+    return opened

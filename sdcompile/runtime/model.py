@@ -5,14 +5,17 @@ Data only; it knows no engine.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sdcompile import bundle
 from sdcompile.bundle import Defaults, Manifest, SamplerEntry, TokenizerEntry
+from sdcompile.runtime import profiles
+from sdcompile.runtime.profiles import Profiles
 from sdcompile.spec import Shapes
 
 
@@ -25,6 +28,9 @@ class Model:
     tokenizer  the entry; `tokenizer_file` is its tokenizer.json
     samplers   name -> entry; `tables` is the folder that holds <name>.npz
     digest     identity of the bundle; "" for a model that is still being built
+    encoder_digest  identity of text encoder and tokenizer; "" as for digest
+    profiles   named sets of options
+    components those there are engines for; () = not known
     """
 
     name: str
@@ -37,6 +43,9 @@ class Model:
     tables: Path
     defaults: Defaults
     digest: str = ""
+    components: tuple[str, ...] = ()
+    encoder_digest: str = ""
+    profiles: Profiles = field(default_factory=Profiles)
 
     @classmethod
     def from_bundle(cls, folder: Path, manifest: Manifest) -> Model:
@@ -51,6 +60,9 @@ class Model:
             tables=folder / "samplers",
             defaults=manifest.defaults,
             digest=bundle.digest(folder),
+            components=tuple(manifest.components),
+            encoder_digest=_encoder_digest(manifest),
+            profiles=profiles.read(folder),
         )
 
     @classmethod
@@ -78,3 +90,13 @@ class Model:
             tables=tables,
             defaults=defaults if isinstance(defaults, Defaults) else Defaults(**defaults),
         )
+
+
+def _encoder_digest(manifest: Manifest) -> str:
+    """sha256 of the names and hashes of the files that make embeddings of prompts."""
+    files = sorted(
+        (path, entry.sha256)
+        for path, entry in manifest.files.items()
+        if path.startswith(("components/text_encoder/", "tokenizer/"))
+    )
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()

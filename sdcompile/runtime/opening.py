@@ -33,7 +33,8 @@ def open_bundle(folder: Path, threads: int | None, cache: Path | None, memory: s
     needed = _required(folder, manifest)
     require_backends(folder, manifest, needed)
     if verify_files:
-        bundle.check(folder, manifest, (*(f"components/{name}/" for name in needed), "samplers/", "tokenizer/"))
+        read = (f"components/{name}/" for name in manifest.components)
+        bundle.check(folder, manifest, (*read, "samplers/", "tokenizer/"))
     model = Model.from_bundle(folder, manifest)
     low = memory == "low" or (memory == "auto" and _is_tight(manifest, needed))
     return Pipeline(model, partial(_open_engine, folder, manifest, Host(threads, cache)), low_memory=low)

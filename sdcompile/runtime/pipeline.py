@@ -7,27 +7,36 @@ model is in its family.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from sdcompile.backends import Engine
 from sdcompile.errors import RecipeError, StageError
 from sdcompile.families import FAMILIES
+from sdcompile.runtime import guidance, joining, tables
 from sdcompile.runtime import images as pictures
 from sdcompile.runtime import sampler as samplers
+from sdcompile.runtime.batches import in_parts
+from sdcompile.runtime.denoising import Denoiser
+from sdcompile.runtime.embedding import Embedder
+from sdcompile.runtime.masking import Kept
+from sdcompile.runtime.memory import remembered
 from sdcompile.runtime.model import Model
 from sdcompile.runtime.noise import Generator
-from sdcompile.runtime.request import Request, resolve
-from sdcompile.runtime.tokens import Tokenizer
-from sdcompile.spec import Range
+from sdcompile.runtime.options import Options
+from sdcompile.runtime.output import Clock, Output
+from sdcompile.runtime.profiles import PowerState
+from sdcompile.runtime.promptcache import PromptCache
+from sdcompile.runtime.request import ENCODER, Request, resolve, second_pass
+from sdcompile.runtime.tiles import Tiling, over_tiles
+from sdcompile.runtime.values import Stage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,137 +47,83 @@ if TYPE_CHECKING:
 CallbackOnStepEnd = Callable[["Pipeline", int, float, dict[str, Any]], "Mapping[str, Any] | None"]
 """(pipeline, step, timestep, {"latents": array}) -> None, or {"latents": what to go on with}, as in diffusers."""
 
-K = TypeVar("K")
-V = TypeVar("V")
-
 _TEXT_ENCODER, _VAE_DECODER = "text_encoder", "vae_decoder"
-_REMEMBERED_PROMPTS = 64
 _REMEMBERED_TABLES = 8
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a call made.
-
-    images    PIL images, (N, H, W, 3) float32 in [0, 1], or latents (N, C, h, w): as `output_type` asked
-    request   every argument as resolved: prompts per image, seeds, sampler, steps, size
-    timings   seconds: text_encoder_s, denoise_s (one per denoiser step), vae_s, open_s (engines, in all)
-    """
-
-    images: list[Image] | Floats
-    request: Request
-    timings: Mapping[str, Any]
-    model: str = ""
-    digest: str = ""
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return self.request.seeds
-
-    @property
-    def sampler(self) -> str:
-        return self.request.sampler
-
-    @property
-    def num_inference_steps(self) -> int:
-        return self.request.num_inference_steps
-
-    def metadata(self, index: int) -> dict[str, str]:
-        """How image `index` was made, as PNG text. `seed` and `index` name it: one seed may serve a whole batch."""
-        request = self.request
-        return {
-            "prompt": request.prompts[index],
-            "negative_prompt": request.negative_prompts[index],
-            "seed": str(request.seeds[index] if len(request.seeds) > 1 else request.seeds[0]),
-            "index": str(index),
-            "batch": str(len(request.prompts)),
-            "sampler": request.sampler,
-            "num_inference_steps": str(request.num_inference_steps),
-            "guidance_scale": f"{request.guidance_scale:g}",
-            "size": f"{request.width}x{request.height}",
-            "model": self.model,
-            "bundle": self.digest,
-        }
-
-
-@dataclass
-class _Clock:
-    text_encoder_s: float = 0.0
-    denoise_s: list[float] = field(default_factory=list)
-    vae_s: float = 0.0
-    open_s: float = 0.0
-
-    def timings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 class Pipeline:
     """Makes images. Engines are opened by `open_engine(component)` when first needed.
 
     With `low_memory` at most one engine is open at a time. Use as a context manager, or call
-    `close`, to free engines. One request at a time: it is not safe to call from several threads.
+    `close`, to free engines. Where `power_state` is set, the bundle's policy chooses the profile of
+    every request that names none. One request at a time: it is not safe to call from several threads.
     """
 
     def __init__(self, model: Model, open_engine: Callable[[str], Engine], *, low_memory: bool = False) -> None:
         self.model = model
         self.family = FAMILIES[model.family]
         self.low_memory = low_memory
+        self.power_state: PowerState | None = None
+        self.warm = False
+        self.embedder = Embedder(model, self._run_text_encoder)
         self._open_engine = open_engine
         self._engines: dict[str, Engine] = {}
-        self._tokenizer: Tokenizer | None = None
-        self._embedded: OrderedDict[str, dict[str, Floats]] = OrderedDict()
-        self._tables: OrderedDict[tuple[str, int], samplers.Table] = OrderedDict()
-        self._clock = _Clock()
+        self._tables: OrderedDict[tuple[str, int], tables.Table] = OrderedDict()
+        self._clock = Clock()
 
     def __call__(
         self,
         prompt: str | Sequence[str] | None,
         *,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        latents: Any = None,
-        sampler: str | None = None,
-        output_type: str = "pil",
         callback_on_step_end: CallbackOnStepEnd | None = None,
+        **options: Any,
     ) -> Output:
-        """Make images; what is left open takes the model's defaults.
+        """Make images of one prompt or several; `options` are those of `runtime.options.Options`.
 
-        seed       one int for the whole batch (as diffusers with one generator), or one per image
-                   (as a list of generators); None draws one, told in the output
-        latents    unit noise (N, C, h, w) to start from, instead of the seed's; as in diffusers it
-                   is scaled for the sampler here
-        height, width  pixels
-
-        Batches beyond what the engines take at once are split; the noise stays that of one batch.
+        What is left open takes the model's defaults. Batches beyond what the engines take at once
+        are split; the noise stays that of one batch.
 
         Raises RecipeError (a bad value), BundleError (not built for this), StageError (NaN or
         infinite values, with the step at which they came up).
         """
-        request = resolve(
-            self.model, prompt, negative_prompt, num_inference_steps, guidance_scale, height, width,
-            num_images_per_prompt, seed, latents, sampler, output_type,
-        )  # fmt: skip
-        self._clock = _Clock()
-        table = self.table(request.sampler, request.num_inference_steps)
-        conditioning = self._conditioning(request)
-        final = self._denoise(request, table, conditioning, callback_on_step_end)
+        asked = Options.of(options)
+        if asked.profile is None and self.power_state is not None:
+            asked = replace(asked, profile=self.model.profiles.chosen(self.power_state()))
+        return self.make(resolve(self.model, prompt, asked), callback_on_step_end)
+
+    def make(self, request: Request, callback: CallbackOnStepEnd | None = None) -> Output:
+        """Make the images of a resolved request."""
+        self._clock = Clock()
+        final = self._denoise(request, callback)
+        if request.hires is not None:
+            final = self._denoise(second_pass(request, self.model, final), callback)
         images: list[Image] | Floats = final
         if request.output_type != "latent":
-            images = pictures.pixels_from_decoded(self._decode(final))
+            images = pictures.pixels_from_decoded(self.decode(final))
             if request.output_type == "pil":
                 images = pictures.pil_from_pixels(images)
         return Output(images, request, self._clock.timings(), self.model.name, self.model.digest)
 
-    def table(self, sampler: str, num_inference_steps: int) -> samplers.Table:
+    def keep_prompts(self, folder: Path, limit_bytes: int) -> None:
+        """Keep prompt embeddings below `folder`, for every process that runs the same text encoder."""
+        self.embedder.disk = PromptCache(folder, self.model.encoder_digest, limit_bytes)
+
+    def warm_up(self) -> float:
+        """Open every engine and run it once at the default size, so that the first request finds them ready.
+
+        Returns the seconds it took. Of no use with `low_memory`, which closes engines after use.
+        """
+        began = time.perf_counter()
+        steps = min(self.model.samplers[self.model.defaults.sampler].num_inference_steps)
+        self("", num_inference_steps=steps, seed=0, output_type="np")
+        self.warm = True
+        return time.perf_counter() - began
+
+    def table(self, sampler: str, num_inference_steps: int) -> tables.Table:
         """The compiled table of one of the model's samplers."""
-        return _remembered(
+        return remembered(
             self._tables, (sampler, num_inference_steps), _REMEMBERED_TABLES,
-            lambda: samplers.load(self.model.tables, sampler, num_inference_steps),
+            lambda: tables.load(self.model.tables, sampler, num_inference_steps),
         )  # fmt: skip
 
     def engine(self, component: str) -> Engine:
@@ -194,74 +149,141 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def embed(self, prompts: Sequence[str]) -> dict[str, Floats]:
-        """Conditioning arrays with one row per prompt; prompts met before are not computed again."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._embedded]
-        rows = {p: self._embedded[p] for p in prompts if p in self._embedded}
-        if new:
-            if self._tokenizer is None:
-                self._tokenizer = Tokenizer(self.model.tokenizer_file, self.model.tokenizer)
-            ids = self._tokenizer.ids(new)
-            engine = self.engine(_TEXT_ENCODER)
-            began = time.perf_counter()
-            arrays = self.family.embed(lambda feeds: in_parts(engine, feeds, self.model.shapes["R"]), ids)
-            self._clock.text_encoder_s += time.perf_counter() - began
-            for name, array in arrays.items():
-                if not np.isfinite(array).all():
-                    raise StageError(
-                        f"the text encoder's {name} holds values that are NaN or infinite",
-                        "build the text encoder in a wider precision (bf16 or fp32)",
-                    )
-            rows |= {p: {name: array[i] for name, array in arrays.items()} for i, p in enumerate(new)}
-        for prompt, row in rows.items():
-            _remembered(self._embedded, prompt, _REMEMBERED_PROMPTS, partial(dict, row))
-        return {name: np.stack([rows[p][name] for p in prompts]) for name in rows[prompts[0]]}
+    def _run_text_encoder(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        engine = self.engine(_TEXT_ENCODER)
+        began = time.perf_counter()
+        arrays = in_parts(engine, feeds, self.model.shapes["R"])
+        self._clock.text_encoder_s += time.perf_counter() - began
+        return arrays
 
-    def _conditioning(self, request: Request) -> dict[str, Floats]:
-        """One row per denoiser row: as in diffusers, all negative prompts and then all prompts."""
-        texts = (*request.negative_prompts, *request.prompts) if request.guided else request.prompts
-        embedded = self.embed(texts)
-        return {**embedded, **self.family.guidance_feeds(self.model.facts, request.guidance_scale, len(texts))}
+    def _embed(self, texts: Sequence[str], weighting: str) -> dict[str, Floats]:
+        before = replace(self.embedder.counts)
+        arrays = self.embedder(texts, weighting)
+        counts = self.embedder.counts
+        self._clock.prompts_cached += counts.remembered - before.remembered
+        self._clock.prompts_read += counts.read - before.read
+        self._clock.prompts_computed += counts.computed - before.computed
+        return arrays
 
-    def _denoise(
+    def road(self, request: Request) -> tuple[tables.Table, tuple[float, ...]]:
+        """The table that makes `request`, and the guidance scale of each of its calls."""
+        steps = request.num_inference_steps
+        stages = request.stages or (Stage(request.sampler),)
+        if request.first_step is not None:
+            table = joining.begun_at(self.table(request.sampler, steps), request.first_step)
+            timesteps = tuple(call.timestep for call in table.calls)
+            return table, guidance.scales(
+                request.guidance_scale, request.guidance_schedule, request.guidance_interval, timesteps
+            )
+        parts = [self.table(stage.sampler, steps) for stage in stages]
+        table, firsts = joining.joined(parts, [stage.steps or 0 for stage in stages[:-1]])
+        timesteps = tuple(call.timestep for call in table.calls)
+        scales: tuple[float, ...] = ()
+        for stage, first, last in zip(stages, firsts, (*firsts[1:], len(timesteps)), strict=True):
+            scale = request.guidance_scale if stage.guidance_scale is None else stage.guidance_scale
+            whole = guidance.scales(scale, request.guidance_schedule, request.guidance_interval, timesteps)
+            scales += whole[first:last]
+        return table, scales
+
+    def denoiser(
         self,
-        request: Request,
-        table: samplers.Table,
-        conditioning: Mapping[str, Floats],
-        callback: CallbackOnStepEnd | None,
-    ) -> Floats:
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        scales: tuple[float, ...],
+        timesteps: tuple[float, ...] = (),
+        rescale: float = 0.0,
+        weighting: str = "off",
+    ) -> Denoiser:
+        """The denoiser for these prompts, one image each; `scales` and `timesteps` are those of its calls."""
+        guided = max(scales) > 1 and not self.model.facts.get("time_cond_proj_dim")
+        embedded = self._embed((*negative_prompts, *prompts) if guided else prompts, weighting)
+        images = len(prompts)
+        return Denoiser(
+            engine=self.engine(self.family.denoiser),
+            family=self.family,
+            facts=self.model.facts,
+            rows=self.model.shapes["R"],
+            timesteps=timesteps,
+            scales=scales,
+            rescale=rescale,
+            positive={name: array[-images:] for name, array in embedded.items()},
+            negative={name: array[:images] for name, array in embedded.items()} if guided else None,
+            clock=self._clock,
+        )  # fmt: skip
+
+    def _denoise(self, request: Request, callback: CallbackOnStepEnd | None) -> Floats:
+        table, scales = self.road(request)
         shape = request.latent_shape(self.model)
         draw = _noise_source(request.seeds, shape)
-        noise = draw() if request.latents is None else request.latents
-        engine = self.engine(self.family.denoiser)
-        rows, scale = self.model.shapes["R"], np.float32(request.guidance_scale)
+        clean = request.clean if request.image is None else self._encode(request, draw)
+        noise = draw(shape[0]) if request.latents is None else request.latents
+        if clean is not None and request.mask is not None:
+            # As in diffusers, which encodes the masked picture as well and draws for it.
+            draw(len(clean) if len(request.seeds) == 1 else shape[0])
+        keep = None if clean is None or request.mask is None else Kept(table, clean, noise, request.mask)
+        denoiser = self.denoiser(
+            request.prompts, request.negative_prompts, scales, tuple(call.timestep for call in table.calls),
+            request.guidance_rescale, request.prompt_weighting,
+        )  # fmt: skip
+        before = self._clock.steps or [0] * len(noise)
+        self._clock.steps = [calls + len(table.calls) for calls in before]
+        tiling = self._tiling(shape[2], shape[3])
 
-        def denoise(model_input: Floats, timestep: float) -> Floats:
-            began = time.perf_counter()
-            sample = np.concatenate([model_input, model_input]) if request.guided else model_input
-            feeds = {"sample": sample, "timestep": np.full(len(sample), timestep, np.float32), **conditioning}
-            (output,) = in_parts(engine, feeds, rows).values()
-            if request.guided:
-                negative, positive = np.split(output, 2)
-                output = negative + scale * (positive - negative)
-            self._clock.denoise_s.append(time.perf_counter() - began)
-            return output
+        def denoise(model_input: Floats, index: int, images: NDArray[np.intp]) -> Floats:
+            if tiling is None:
+                return denoiser(model_input, index, images)
+            of_tiles = np.tile(images, tiling.count)
+            return over_tiles(lambda tiles: denoiser(tiles, index, of_tiles), model_input, tiling)
 
         def on_step(index: int, timestep: float, latents: Floats) -> Floats | None:
+            latents = latents if keep is None else keep.put_back(index, latents)
             if callback is None:
-                return None
+                return latents
             told = int(timestep) if float(timestep).is_integer() else timestep
             answer = callback(self, index, told, {"latents": latents})
-            return _replacement(answer, latents, shape)
+            replaced = _replacement(answer, latents, shape)
+            return latents if replaced is None else replaced
 
-        return samplers.sample(table, denoise, noise, draw, on_step)
+        def on_stopped(images: NDArray[np.intp], calls: int) -> None:
+            for image in images.tolist():
+                self._clock.steps[image] = before[image] + calls
 
-    def _decode(self, latents: Floats) -> Floats:
+        final = samplers.sample(
+            table, denoise, noise, lambda: draw(shape[0]), on_step,
+            clean=clean, early_stop=request.early_stop, on_stopped=on_stopped,
+        )  # fmt: skip
+        return final if keep is None or request.early_stop is None else keep.put_back(len(table.calls) - 1, final)
+
+    def _encode(self, request: Request, draw: Callable[[int], Floats]) -> Floats:
+        """The latents (1 or N, C, h, w) of the request's picture, drawn from what its encoder says of them.
+
+        With one seed for the batch a single picture is drawn once, with a seed per image once for
+        each, as in diffusers' img2img, so that every image can be made again alone.
+        """
+        assert request.image is not None
+        facts, engine = self.model.facts, self.engine(ENCODER)
+        began = time.perf_counter()
+        factor = facts["vae_scale_factor"]
+        moments = self._over_tiles(engine, "sample", request.image, down=factor)
+        self._clock.vae_s += time.perf_counter() - began
+        if len(request.seeds) > 1:
+            moments = np.broadcast_to(moments, (len(request.seeds), *moments.shape[1:]))
+        mean, variance_log = np.split(moments, 2, axis=1)
+        latents = mean + np.exp(np.float32(0.5) * variance_log.clip(-30, 20)) * draw(len(mean))
+        if not np.isfinite(latents).all():
+            raise StageError(
+                "the picture's latents hold values that are NaN or infinite",
+                f"build {ENCODER} in a wider precision (bf16 or fp32)",
+            )
+        scaled = (latents - np.float32(facts["shift_factor"])) * np.float32(facts["scaling_factor"])
+        return scaled.astype(np.float32, copy=False)
+
+    def decode(self, latents: Floats) -> Floats:
         """Final latents (N, C, h, w) -> decoded pixels (N, 3, H, W) in about [-1, 1]."""
         facts, engine = self.model.facts, self.engine(_VAE_DECODER)
         began = time.perf_counter()
         unscaled = latents / np.float32(facts["scaling_factor"]) + np.float32(facts["shift_factor"])
-        (decoded,) = in_parts(engine, {"latent_sample": unscaled}, self.model.shapes["B"]).values()
+        decoded = self._over_tiles(engine, "latent_sample", unscaled, up=facts["vae_scale_factor"])
         self._clock.vae_s += time.perf_counter() - began
         if not np.isfinite(decoded).all():
             raise StageError(
@@ -270,33 +292,28 @@ class Pipeline:
             )
         return decoded
 
+    def _tiling(self, height: int, width: int, letters: str = "hw") -> Tiling | None:
+        """How to cover an area that the engines do not take at once; None where they do."""
+        tile = [min(side, self.model.shapes[letter].max) for side, letter in zip((height, width), letters, strict=True)]
+        return None if tile == [height, width] else Tiling(height, width, *tile)
 
-def in_parts(engine: Engine, feeds: Mapping[str, np.ndarray], rows: Range) -> dict[str, np.ndarray]:
-    """Run `engine` on feeds of any number of rows: as many per call as `rows` allows, evenly, and
-    padded with copies of the last row where `rows` asks for more."""
-    total = len(next(iter(feeds.values())))
-    calls = -(-total // rows.max)
-    bounds = [total * part // calls for part in range(calls + 1)]
-    parts = []
-    for first, last in itertools.pairwise(bounds):
-        part = {name: _padded(array[first:last], rows.min) for name, array in feeds.items()}
-        parts.append({name: array[: last - first] for name, array in engine(part).items()})
-    return parts[0] if calls == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    def _over_tiles(self, engine: Engine, name: str, array: Floats, up: int = 1, down: int = 1) -> Floats:
+        """A half of the VAE, in tiles where `array` is larger than the engine takes."""
 
+        def run(part: Floats) -> Floats:
+            (made,) = in_parts(engine, {name: part}, self.model.shapes["B"]).values()
+            return made
 
-def _padded(array: np.ndarray, rows: int) -> np.ndarray:
-    missing = rows - len(array)
-    if missing <= 0:
-        return np.ascontiguousarray(array)
-    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+        tiling = self._tiling(array.shape[2], array.shape[3], "HW" if down > 1 else "hw")
+        return run(array) if tiling is None else over_tiles(run, array, tiling, up, down)
 
 
-def _noise_source(seeds: Sequence[int], shape: tuple[int, ...]) -> Callable[[], Floats]:
-    """Successive unit noise: the whole batch from one generator, or each image from its own."""
+def _noise_source(seeds: Sequence[int], shape: tuple[int, ...]) -> Callable[[int], Floats]:
+    """Successive unit noise for so many images: all from one generator, or each from its own."""
     generators = [Generator(seed) for seed in seeds]
     if len(generators) == 1:
-        return lambda: generators[0].randn(shape)
-    return lambda: np.concatenate([generator.randn((1, *shape[1:])) for generator in generators])
+        return lambda images: generators[0].randn((images, *shape[1:]))
+    return lambda images: np.concatenate([generator.randn((1, *shape[1:])) for generator in generators])
 
 
 def _replacement(answer: Mapping[str, Any] | None, latents: Floats, shape: tuple[int, ...]) -> Floats | None:
@@ -310,13 +327,3 @@ def _replacement(answer: Mapping[str, Any] | None, latents: Floats, shape: tuple
             f"callback_on_step_end gave back latents {replaced.shape} {replaced.dtype}; they must be {shape} float32"
         )
     return np.ascontiguousarray(replaced, np.float32)
-
-
-def _remembered(memory: OrderedDict[K, V], key: K, most: int, make: Callable[[], V]) -> V:
-    """`memory[key]`, made when missing; the entries used longest ago make room."""
-    if key not in memory:
-        memory[key] = make()
-    memory.move_to_end(key)
-    while len(memory) > most:
-        memory.popitem(last=False)
-    return memory[key]

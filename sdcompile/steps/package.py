@@ -17,6 +17,7 @@ from typing import Any
 from sdcompile import __version__, bundle, machine
 from sdcompile.files import link, link_tree
 from sdcompile.passes.base import read_effect
+from sdcompile.runtime.profiles import FILE as PROFILES
 from sdcompile.spec import Job
 from sdcompile.steps.report import reports as combined
 from sdcompile.steps.report import stood_in
@@ -34,7 +35,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
 
     inputs: engine.<component>, report.<component> (absent for backends that cannot be verified),
     pass.<component>.<op> for each pass, race.<component> where int8 had to win, tokenizer, tables.
-    job.params: recipe, source, facts, components, defaults, fallbacks.
+    job.params: recipe, source, facts, components, defaults, profiles, fallbacks.
     """
     params = job.params
     reports = {
@@ -51,6 +52,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     link(inputs["tokenizer"] / "tokenizer.json", out / "tokenizer" / "tokenizer.json")
     _write_reports(out / "reports", reports)
     (out / "README.md").write_text(_readme(params), encoding="utf-8")
+    (out / PROFILES).write_text(_profiles(params), encoding="utf-8")
     for stray in out.rglob(ARTIFACT):
         stray.unlink()
 
@@ -81,7 +83,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         files={
             path.relative_to(out).as_posix(): bundle.FileEntry(bytes=path.stat().st_size, sha256=bundle.sha256_of(path))
             for path in sorted(out.rglob("*"))
-            if path.is_file()
+            if path.is_file() and path.name != PROFILES  # people edit it
         },
     )
     bundle.write(out, manifest)
@@ -129,6 +131,18 @@ def _write_reports(folder: Path, reports: Mapping[str, Any]) -> None:
     summary, junit = combined(reports)
     (folder / "verify.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (folder / "verify.xml").write_text(junit, encoding="utf-8")
+
+
+def _profiles(params: Mapping[str, Any]) -> str:
+    """profiles.json; a policy for its usual names: save when the battery is low or the machine hot."""
+    names = params["profiles"]
+    rules = (
+        {"battery_below": 0.2, "profile": "draft"},
+        {"thermal": "throttling", "profile": "draft"},
+        {"battery_above": 0.8, "profile": "quality"},
+    )
+    content = {"profiles": names, "policy": [rule for rule in rules if rule["profile"] in names]}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _only(model: Any, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 import sdcompile.models.tiny as tiny
 from sdcompile.bundle import Defaults
+from sdcompile.errors import BundleError
 from sdcompile.families import FAMILIES
 from sdcompile.runtime import SdcompileWarning
 from sdcompile.runtime.model import Model
@@ -106,6 +108,7 @@ def ours(pipeline: Any, folder: Path) -> Pipeline:
     runs = {
         "text_encoder": ("last_hidden_state", lambda input_ids: pipeline.text_encoder(input_ids)[0]),
         "unet": ("out_sample", lambda **feeds: pipeline.unet(**feeds, return_dict=False)[0]),
+        "vae_encoder": ("latent_parameters", lambda sample: pipeline.vae.encode(sample).latent_dist.parameters),
         "vae_decoder": ("sample", lambda latent_sample: pipeline.vae.decode(latent_sample, return_dict=False)[0]),
     }
     return Pipeline(model, lambda component: TorchEngine(*runs[component]))
@@ -183,6 +186,84 @@ def test_latents_may_be_given_as_to_diffusers(both: tuple[Any, Pipeline]) -> Non
             "a red circle", latents=torch.from_numpy(noise), num_inference_steps=6, output_type="np"
         ).images
     assert np.abs(found - expected).max() <= PARITY
+
+
+def drawing(height: int = 16, width: int = 16) -> np.ndarray:
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows / height, columns / width, (rows + columns) % 7 / 7], axis=-1).astype(np.float32)
+
+
+def from_a_picture(
+    both: tuple[Any, Pipeline], name: str, prompt: Any, seed: Any = 4, **arguments: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ours and diffusers' img2img, or inpainting where a mask is given."""
+    pipeline, pipe = both
+    switch(pipeline, name)
+    inpainting = "mask_image" in arguments
+    kind = diffusers.StableDiffusionInpaintPipeline if inpainting else diffusers.StableDiffusionImg2ImgPipeline
+    other = kind(**pipeline.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    image = PIL.Image.fromarray((drawing() * 255).astype(np.uint8))
+    options = {"num_inference_steps": 6, "output_type": "np", "image": image, **arguments}
+    found = pipe(prompt, seed=seed, sampler=name, **options).images
+    seeds = [torch.Generator("cpu").manual_seed(s) for s in seed] if isinstance(seed, list) else None
+    with torch.inference_mode():
+        expected = other(
+            prompt, generator=seeds or torch.Generator("cpu").manual_seed(seed), **options,
+            **({"height": 16, "width": 16} if inpainting else {}),
+        ).images  # fmt: skip
+    return found, expected
+
+
+BEGIN_LATER = tuple(name for name in CHOSEN if name not in ("pndm", "unipc"))
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("name", BEGIN_LATER)
+def test_a_picture_to_start_from_gives_the_picture_of_diffusers(
+    both: tuple[Any, Pipeline], name: str, strength: float
+) -> None:
+    found, expected = from_a_picture(both, name, "a red circle", strength=strength)
+    assert np.abs(found - expected).max() <= PARITY
+    assert np.abs(found - from_a_picture(both, name, "a red circle", strength=0.8)[0]).max() > PARITY
+
+
+@pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")
+@pytest.mark.parametrize("seed", [4, [5, 6]], ids=["one seed", "a seed each"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_batches_from_one_picture_are_those_of_diffusers(both: tuple[Any, Pipeline], seed: Any, masked: bool) -> None:
+    # diffusers' inpainting draws for as many pictures as it is given; with one each, every image can be made alone.
+    each = [PIL.Image.fromarray((drawing() * 255).astype(np.uint8))] * 2
+    options = {"mask_image": mask(), "image": each} if masked else {}
+    found, expected = from_a_picture(
+        both, "euler_ancestral", ["a red circle", ""], seed=seed, strength=0.7, guidance_scale=2.0, **options
+    )
+    assert np.abs(found - expected).max() <= PARITY
+
+
+def mask() -> Any:
+    levels = np.zeros((16, 16), np.uint8)
+    levels[:, 8:] = 255
+    return PIL.Image.fromarray(levels)
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler_ancestral", "dpmpp_2m", "lcm"])
+def test_inpainting_gives_the_picture_of_diffusers(both: tuple[Any, Pipeline], name: str, strength: float) -> None:
+    found, expected = from_a_picture(both, name, "a red circle", strength=strength, mask_image=mask())
+    assert np.abs(found - expected).max() <= PARITY
+    everything = from_a_picture(both, name, "a red circle", strength=strength)[0]
+    assert np.abs(found - everything).max() > PARITY
+
+
+def test_rescaled_guidance_gives_the_picture_of_diffusers(both: tuple[Any, Pipeline]) -> None:
+    found, expected = pictures(both, "ddim", "a red circle", guidance_rescale=0.7)
+    assert np.abs(found - expected).max() <= PARITY
+
+
+def test_samplers_that_look_far_back_cannot_begin_later(both: tuple[Any, Pipeline]) -> None:
+    with pytest.raises(BundleError, match="unipc cannot begin at a later step"):
+        both[1]("a red circle", image=drawing(), sampler="unipc")
 
 
 def test_another_seed_does_not_give_the_picture_of_diffusers(both: tuple[Any, Pipeline]) -> None:

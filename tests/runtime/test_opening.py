@@ -15,7 +15,7 @@ from sdcompile.backends.base import Card, write_card
 from sdcompile.errors import BundleError, HostError, RecipeError
 from sdcompile.families import FAMILIES
 from sdcompile.runtime import SdcompileWarning
-from sdcompile.runtime.sampler import STATE, Call, Table, Term, save
+from sdcompile.runtime.tables import STATE, Call, Table, Term, save
 
 CONFIGS = {
     "unet": {

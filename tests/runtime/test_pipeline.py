@@ -18,7 +18,7 @@ from sdcompile.runtime import SdcompileWarning
 from sdcompile.runtime.model import Model
 from sdcompile.runtime.noise import randn
 from sdcompile.runtime.pipeline import Pipeline
-from sdcompile.runtime.sampler import NOISE, OUTPUT, STATE, Call, Table, Term, save
+from sdcompile.runtime.tables import NOISE, OUTPUT, STATE, Call, Table, Term, save
 from sdcompile.spec import Range
 
 FACTS = {
@@ -133,7 +133,8 @@ def test_a_call_with_a_prompt_alone_takes_the_models_defaults(pipe: Pipeline) ->
     assert [image.size for image in made.images] == [(48, 32)]
     assert (made.sampler, made.num_inference_steps) == ("ddim", 4)
     assert len(made.timings["denoise_s"]) == 4
-    assert set(made.timings) == {"text_encoder_s", "denoise_s", "vae_s", "open_s"}
+    assert {"text_encoder_s", "denoise_s", "vae_s", "open_s"} <= set(made.timings)
+    assert made.timings["denoise_rows"] == [2] * 4
 
 
 def test_output_types_are_those_of_diffusers(pipe: Pipeline) -> None:
@@ -310,6 +311,7 @@ def test_values_that_are_not_finite_are_an_error_and_never_a_picture(
         ({"guidance_scale": float("inf")}, RecipeError, "not finite", ""),
         ({"guidance_scale": "much"}, RecipeError, "no number", ""),
         ({"sampler": "dimm"}, RecipeError, "not in this model: it has ddim, euler_ancestral", "did you mean ddim"),
+        ({"guidence_scale": 3}, RecipeError, "no option is called 'guidence_scale'", "did you mean guidance_scale"),
         ({"num_images_per_prompt": 0}, RecipeError, "at least 1", ""),
         ({"output_type": "jpeg"}, RecipeError, "jpeg", "pil, np, latent"),
         ({"seed": "one"}, RecipeError, "seed='one'", ""),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sdcompile.errors import BundleError, RecipeError, StageError
-from sdcompile.runtime.sampler import NOISE, OUTPUT, STATE, Call, Table, Term, load, sample, save, spans
+from sdcompile.runtime.sampler import sample
+from sdcompile.runtime.tables import NOISE, OUTPUT, STATE, Call, Table, Term, load, save, spans
 
 SHAPE = (1, 2, 2, 2)
 TABLE = Table(
@@ -26,8 +27,8 @@ def test_every_term_is_applied_at_its_lag() -> None:
     seen: list[tuple[float, float]] = []
     draws = iter([4.0, 400.0])
 
-    def denoise(latents: np.ndarray, timestep: float) -> np.ndarray:
-        seen.append((float(latents.flat[0]), timestep))
+    def denoise(latents: np.ndarray, index: int, images: np.ndarray) -> np.ndarray:
+        seen.append((float(latents.flat[0]), TABLE.calls[index].timestep))
         return np.full(SHAPE, 100.0 * len(seen), np.float32)
 
     final = sample(TABLE, denoise, np.ones(SHAPE, np.float32), lambda: np.full(SHAPE, next(draws), np.float32))
@@ -45,7 +46,7 @@ def test_a_callback_sees_each_step_and_its_latents_are_used_from_there_on() -> N
         return np.full(SHAPE, 7.0, np.float32) if index == 1 else None
 
     zeros = np.zeros(SHAPE, np.float32)
-    final = sample(TABLE, lambda x, t: zeros, zeros, lambda: zeros, on_step)
+    final = sample(TABLE, lambda x, index, images: zeros, zeros, lambda: zeros, on_step)
     assert told == [(0, 9.5), (1, 4.0)]
     assert np.array_equal(final, np.full(SHAPE, 7.0))
 
@@ -54,13 +55,13 @@ def test_a_value_that_is_not_finite_stops_the_loop_and_names_the_step() -> None:
     zeros = np.zeros(SHAPE, np.float32)
     for bad in (np.nan, np.inf):
         with pytest.raises(StageError, match="step 2 of 2"):
-            sample(TABLE, lambda x, t, bad=bad: zeros if t > 5 else zeros + bad, zeros, lambda: zeros)
+            sample(TABLE, lambda x, index, images, bad=bad: zeros if index == 0 else zeros + bad, zeros, lambda: zeros)
 
 
 def test_a_stochastic_table_without_noise_to_draw_is_refused() -> None:
     zeros = np.zeros(SHAPE, np.float32)
     with pytest.raises(RecipeError, match="draws noise"):
-        sample(TABLE, lambda x, t: zeros, zeros)
+        sample(TABLE, lambda x, index, images: zeros, zeros)
 
 
 def test_tables_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
