@@ -78,6 +78,7 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
         "family": family.name, "options": backend.options(**chosen.build).model_dump(mode="json"), **chosen.params,
     }  # fmt: skip
     pruning = recipe.pruning(name)
+    faults += [f"components.{name}.prune.{p}: unknown pass '{p}'" for p in pruning if p not in PASSES]
     passes = [_planned(PASSES[p], pruning[p]) for p in PASSES if p in pruning]
     names = backend.realises.get(precision, ())
     quantizer, quantize = quantization(names), recipe.quantizing(name)
