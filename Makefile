@@ -2,7 +2,7 @@ PY := .venv/bin/python
 # Threads that spin while they wait slow every build on a small or shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test check docs clean
+.PHONY: setup demo test check docs peers clean
 
 setup: .venv/.ready
 
@@ -27,5 +27,15 @@ check: setup
 docs: setup
 	$(PY) scripts/write_docs.py
 
+# Peers that need other versions of the same libraries, for `sdcompile bench --vs optimum-intel,optimum-onnx`.
+peers: .venv-peers/.ready
+.venv-peers/.ready:
+	python3 -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 'optimum-intel[openvino]' optimum-onnx diffusers onnxruntime
+	# It comes along, is built against another torch, breaks imports beside this one, and nothing here uses it.
+	.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 clean:
-	rm -rf .venv artifacts/store artifacts/*.sdc
+	rm -rf .venv .venv-peers artifacts/store artifacts/*.sdc

@@ -106,14 +106,15 @@ def thinned(unet, share: float):
                 layer.weight[gone], layer.bias[gone] = 0, 0
 
 
-def beheaded(unet, kept: int):
-    """Keep the `kept` heads of greatest output weight in every attention."""
+def beheaded(unet, kept: int, *, chosen: bool = True):
+    """Keep the `kept` heads of greatest output weight in every attention, or without choice the last ones."""
     with torch.no_grad():
         for name, layer in unet.named_modules():
             if name.endswith(("attn1", "attn2")):
                 weight = layer.to_out[0].weight
                 split = weight.view(len(weight), layer.heads, -1)
-                for head in split.square().sum((0, 2)).argsort()[: layer.heads - kept]:
+                order = split.square().sum((0, 2)).argsort() if chosen else torch.arange(layer.heads)
+                for head in order[: layer.heads - kept]:
                     split[:, head] = 0
 
 
@@ -129,6 +130,7 @@ HURTS: dict[str, Callable] = {
     "50 % of filters zeroed": lambda unet: thinned(unet, 0.5),
     "1 of 4 heads removed": lambda unet: beheaded(unet, 3),
     "2 of 4 heads removed": lambda unet: beheaded(unet, 2),
+    "2 of 4 heads removed, the first two": lambda unet: beheaded(unet, 2, chosen=False),
 }
 
 
@@ -258,7 +260,9 @@ def page(found: dict) -> str:
         f"The UNet is hurt, nothing is trained again; UniPC 10 at guidance {best:g}, the first {FEWER} "
         "prompts, always the same noise. "
         "Filters: of least L1 norm in the first convolution of each residual block. Heads: of least output weight, in "
-        "self- and cross-attention. Only weights are rounded, with one scale a tensor.",
+        "self- and cross-attention; in the last row without such a choice. Only weights are rounded, with one scale a "
+        "tensor. Within each family the score falls with the damage. Half of the heads, chosen by weight, hurt "
+        "less than 30 % of the filters; taken without choice they can hurt more than half of the filters.",
         table(
             ["change", "score", "shape", "relation", "strict"],
             [

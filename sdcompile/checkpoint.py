@@ -1,8 +1,9 @@
 """The torch form on disk, and the only builder of torch modules.
 
 A checkpoint folder holds `config.json` and safetensors weights as diffusers and transformers
-read them. This room knows neither recipes nor backends; which class a folder becomes is the
-family's business.
+read them; of a pruned model also `edits.json`, what was taken out of the model that config.json
+means (see `sdcompile.edits`). This room knows neither recipes nor backends; which class a folder
+becomes is the family's business.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdcompile import edits
 from sdcompile.errors import StageError
 from sdcompile.families import FAMILIES
+from sdcompile.files import link
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +39,49 @@ def load(family: str, component: str, folder: Path, params: Mapping[str, Any]) -
                 "check that config.json and the safetensors file of the source belong together",
             ) from error
     return module.eval().requires_grad_(False)
+
+
+def save(model: nn.Module, source: Path, out: Path, made: Sequence[edits.Edit]) -> str:
+    """Write `model`, which is what the config in `source` means after the edits `made`, into `out`.
+
+    Where an ordinary config can say the same, `out` is an ordinary diffusers folder, and "" is
+    returned; else config.json is the source's, edits.json says the rest, and why is returned. Weights
+    go out tensor by tensor.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    plain, why = edits.in_config(config, made)
+    if made and not why:
+        (out / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    else:
+        link(source / "config.json", out / "config.json")
+    if why:
+        edits.write(out, made)
+    _write_tensors(out / "diffusion_pytorch_model.safetensors", model)
+    return why
+
+
+def _write_tensors(path: Path, model: nn.Module) -> None:
+    """The parameters and buffers of `model` as a safetensors file, in fp32, one at a time."""
+    import torch
+
+    rows: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    state, end = model.state_dict(), 0
+    for name in sorted(state):
+        if state[name].dtype != torch.float32:
+            raise StageError(f"{name} is {state[name].dtype}, where checkpoints of this stage are fp32")
+        begin, end = end, end + 4 * state[name].numel()
+        rows[name] = {"dtype": "F32", "shape": list(state[name].shape), "data_offsets": [begin, end]}
+    with path.open("wb") as file:
+        file.write(_header(rows))
+        for name in sorted(state):
+            file.write(state[name].detach().contiguous().numpy().data)
+
+
+def _header(rows: Mapping[str, Any]) -> bytes:
+    """A safetensors header: its length, then JSON padded to the eight bytes its data is aligned to."""
+    text = json.dumps(rows, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def parameter_bytes(folder: Path) -> tuple[int, int]:
@@ -93,11 +139,9 @@ def widen(path: Path) -> None:
         half = entry["dtype"] in _HALVES
         end = begin + (2 * size if half else size)
         wide[name] = {**entry, "dtype": "F32" if half else entry["dtype"], "data_offsets": [begin, end]}
-    text = json.dumps(wide, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns its data to eight bytes
     fresh = path.with_name(f".{path.name}")
     with fresh.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(_header(wide))
         for _, entry in rows:
             data = old[slice(*entry["data_offsets"])]
             file.write(_HALVES.get(entry["dtype"], bytes)(data))

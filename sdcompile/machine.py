@@ -87,13 +87,31 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """The largest resident size of this process since `reset_peak`."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        import resource
+    found = peak_bytes_of(os.getpid())
+    if found:
+        return found
+    import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_bytes_of(pid: int) -> int:
+    """The largest resident size of a process, or 0 where it cannot be read (Linux only)."""
+    return _status_bytes(pid, "VmHWM")
+
+
+def anonymous_bytes_of(pid: int) -> int:
+    """What a process holds now besides mapped files, or 0 where it cannot be read (Linux only)."""
+    return _status_bytes(pid, "RssAnon")
+
+
+def _status_bytes(pid: int, field: str) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    # A process that has ended but was not waited for has no memory lines.
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:")), 0)
 
 
 def version(distribution: str) -> str | None:

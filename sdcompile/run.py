@@ -28,6 +28,7 @@ from sdcompile.spec import PIPELINE, Job, Precision, Say, Stage, say_nothing
 from sdcompile.steps import OPS
 
 if TYPE_CHECKING:
+    from sdcompile.bundle import Manifest
     from sdcompile.console import Observer
     from sdcompile.steps.layout import Source
     from sdcompile.store import Store
@@ -67,10 +68,11 @@ def this_machine() -> Machine:
 def prepare(path: Path, sets: tuple[str, ...], store: Store, *, offline: bool) -> Build:
     """Read the recipe, describe its source and lay out the whole plan."""
     recipe = load(path, sets)
-    return _lay_out(recipe, recipe.base(), store, offline=offline)
+    return lay_out(recipe, recipe.base(), store, offline=offline)
 
 
-def _lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build:
+def lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build:
+    """Describe the source of `recipe`, whose relative paths start at `base`, and plan every step."""
     from sdcompile.steps import fetch
 
     family = FAMILIES[recipe.family]
@@ -333,21 +335,15 @@ def _is_same(folder: Path, target: Path) -> bool:
     return all((target / path).is_file() and (target / path).stat().st_size == e.bytes for path, e in entries)
 
 
-def outcome(work: Build, paths: Mapping[str, Path], placed: Path | None) -> dict[str, Any]:
-    """What a command has to show at its end: the bundle, its size, and the figures of every report."""
-    reports = {
-        step.component: json.loads((paths[step.name] / "report.json").read_text(encoding="utf-8"))
-        for step in work.plan
-        if step.gives == "report" and step.name in paths
-    }
-    return {
-        "name": work.recipe.name,
-        "bundle": str(placed) if placed else None,
-        "bytes": size_bytes(placed) if placed else None,
-        "folders": {name: str(path) for name, path in paths.items()} if placed is None else {},
-        "reports": reports,
-        "fallbacks": dict(work.fallbacks),
-    }
+def source_of(folder: Path, manifest: Manifest, named: str | None) -> str:
+    """The source a bundle can be compared with: `named`, or what its manifest says.
+
+    Raises RecipeError when only the builder of the bundle has its source.
+    """
+    source: str = named or manifest.recipe["source"]
+    if source.startswith(("folder:", "file:")):
+        raise RecipeError(f"{folder} was built from {source}, which only its builder has", "name it: --source FOLDER")
+    return source
 
 
 def verify_bundle(
@@ -363,11 +359,9 @@ def verify_bundle(
 
     manifest = bundle.read(folder)
     bundle.check(folder, manifest)
-    source = source or manifest.recipe["source"]
-    if source.startswith(("folder:", "file:")):
-        raise RecipeError(f"{folder} was built from {source}, which only its builder has", "name it: --source FOLDER")
+    source = source_of(folder, manifest, source)
     recipe = Recipe.model_validate({**manifest.recipe, "source": source}, context=known_names())
-    work = _lay_out(recipe, Path.cwd(), store, offline=offline)
+    work = lay_out(recipe, Path.cwd(), store, offline=offline)
     plan = work.plan.until("verify")
     records = [step.name for step in plan if step.op == "record"]
     if not records:

@@ -206,6 +206,17 @@ def test_what_a_recipe_says_of_passes_survives_dump_and_shows_in_the_schema(tmp_
     assert "min_snr_db" in str(prune["shorten"]["properties"]["budget"])
 
 
+def test_pruning_is_for_the_denoiser(plan):
+    (line,) = faults(plan, BASE + "components: {vae_decoder: {prune: {shorten: {}}}}\n")
+    assert line.startswith("recipe.yaml:7: components.vae_decoder.prune: passes of the prune stage are for unet")
+
+
+def test_engines_of_all_precisions_share_the_pruning(plan):
+    fp32, bf16 = plan(PRUNED), plan(PRUNED, "precision=bf16")
+    assert fp32["unet.prune.shorten"].key == bf16["unet.prune.shorten"].key
+    assert fp32["unet.compile.reference"].key != bf16["unet.compile.reference"].key
+
+
 INT8 = BASE.replace("backend: reference", "backend: openvino") + "components: {unet: {precision: int8}}\n"
 
 

@@ -17,12 +17,14 @@ from sdcompile.recipe import load
 from sdcompile.steps import OPS
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
-HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "onnxscript", "scipy"}
+RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
+HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "onnxscript", "scipy",
+         "matplotlib", "torchmetrics"}  # fmt: skip
 LIGHT_ROOMS = [
     "sdcompile", "sdcompile.spec", "sdcompile.errors", "sdcompile.machine", "sdcompile.bundle", "sdcompile.backends",
     "sdcompile.families", "sdcompile.recipe", "sdcompile.plan", "sdcompile.store", "sdcompile.run", "sdcompile.status",
-    "sdcompile.console", "sdcompile.runtime", "sdcompile.passes", "sdcompile.models.tiny",
+    "sdcompile.console", "sdcompile.measure.experiment", "sdcompile.measure.report", "sdcompile.runtime",
+    "sdcompile.passes", "sdcompile.models.tiny",
 ]  # fmt: skip
 
 

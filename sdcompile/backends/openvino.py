@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile import machine
 from sdcompile.backends import mapped, racing
+from sdcompile.backends import openvino_graphs as graphs
 from sdcompile.backends.base import Backend, Card, Engine, Host, Probe, card_from_job, read_card, write_card
 from sdcompile.errors import HostError, StageError
 from sdcompile.spec import Job, Say
@@ -38,17 +39,6 @@ _GAIN = 1.03
 
 _PAYBACK_CALLS = 100
 """Calls after which a static compilation must have paid for itself: five images of twenty steps."""
-
-_FP16_MAX = 65504.0
-_FP16_SMALLEST_NORMAL = 2.0**-14
-
-_MASK = 1e30
-"""Finite values beyond this stand for infinity in attention masks; they are no weights."""
-
-_CHUNK = 1 << 24
-
-_PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
-"""Layers of a compiled model that int8 makes faster."""
 
 
 class Options(BaseModel):
@@ -166,29 +156,11 @@ def convert(core: ov.Core, source: Path, out: Path, precision: str, weights: str
         raise StageError(f"OpenVINO refuses {source.name}: {_reason(error)}") from error
     with mapped.pages_released(source.parent):
         if weights == "auto":
-            weights = "fp32" if precision == "fp32" or not _fits_fp16(model) else "fp16"
+            weights = "fp32" if precision == "fp32" or not graphs.fits_fp16(model) else "fp16"
         import_openvino().save_model(model, out / "model.xml", compress_to_fp16=weights == "fp16")
     del model
     mapped.trim()
     return weights
-
-
-def _fits_fp16(model: ov.Model) -> bool:
-    """False when a weight tensor overflows fp16 or lies wholly among its subnormals."""
-    for node in model.get_ops():
-        if node.get_type_name() != "Constant" or node.get_element_type().get_type_name() != "f32":
-            continue
-        data = node.data.reshape(-1)
-        if data.size < 2:
-            continue
-        largest = max(_largest(data[i : i + _CHUNK]) for i in range(0, data.size, _CHUNK))
-        if _FP16_MAX < largest < _MASK or 0 < largest < _FP16_SMALLEST_NORMAL:
-            return False
-    return True
-
-
-def _largest(chunk: np.ndarray) -> float:
-    return max(float(chunk.max()), -float(chunk.min()))
 
 
 def settle(core: ov.Core, folder: Path, card: Card, options: Options, say: Say) -> dict[str, Any]:
@@ -342,7 +314,7 @@ class OpenVinoEngine:
 
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": _TYPES[self._hint],
+            "INFERENCE_PRECISION_HINT": _TYPES[self._runnable_hint()],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": self._card.options.get("streams", 1),
         }
@@ -354,9 +326,22 @@ class OpenVinoEngine:
             settings["CACHE_DIR"] = str(self._host.cache)
         return settings
 
+    def _runnable_hint(self) -> str:
+        """The hint, but fp32 for an fp16 this CPU has no units for.
+
+        Where a CPU has bf16 units alone, OpenVINO (2026.4) would take bf16 for fp16, which is eight
+        times coarser than what was asked for.
+        """
+        units = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "fp32" if self._hint == "fp16" and "FP16" not in units else self._hint
+
     def _facts_of(self, compiled: ov.CompiledModel) -> dict[str, Any]:
         computed = _NAMES[compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()]
-        int8 = {"int8_operators": _int8_operators(compiled), "rest": computed} if self._card.precision == "int8" else {}
+        int8 = (
+            {"int8_operators": graphs.int8_operators(compiled), "rest": computed}
+            if self._card.precision == "int8"
+            else {}
+        )
         return {
             "device": "CPU",
             "precision": "int8" if int8.get("int8_operators") else computed,
@@ -368,16 +353,6 @@ class OpenVinoEngine:
             "streams": int(compiled.get_property("NUM_STREAMS")),
             "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
         }
-
-
-def _int8_operators(compiled: ov.CompiledModel) -> int:
-    """How many of the compiled model's convolutions and products run on 8-bit integers."""
-    found = 0
-    for op in compiled.get_runtime_model().get_ops():
-        info = op.get_rt_info()
-        kind, precision = (str(info[key].value) if key in info else "" for key in ("layerType", "runtimePrecision"))
-        found += kind in _PRODUCTS and precision in ("i8", "u8")
-    return found
 
 
 def _reason(error: Exception) -> str:

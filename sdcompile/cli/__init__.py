@@ -11,7 +11,7 @@ from sdcompile.cli.words import app
 
 # Importing a module registers its commands; this is the order in which `--help` lists the panels.
 # isort: off
-from sdcompile.cli import build, understand, compression, generate, start  # noqa: F401
+from sdcompile.cli import build, understand, compression, generate, measure, start  # noqa: F401
 # isort: on
 
 __all__ = ["app", "main"]

@@ -43,7 +43,7 @@ def generate(
     from sdcompile import console, load
     from sdcompile.runtime.saving import generate_files
 
-    height, width = _size(size)
+    height, width = size_of(size)
     pipeline = load(bundle, threads=threads)
     with console.generating(len(prompt) * count, json_mode=json) as progress:
         files = generate_files(
@@ -54,7 +54,7 @@ def generate(
     console.show_images(files, json_mode=json)
 
 
-def _size(text: str | None) -> tuple[int | None, int | None]:
+def size_of(text: str | None) -> tuple[int | None, int | None]:
     """ "WxH" -> (height, width)."""
     if text is None:
         return None, None

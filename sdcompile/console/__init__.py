@@ -14,26 +14,30 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sdcompile.console import terminal
-from sdcompile.console.observers import JsonObserver, LineObserver, LiveObserver, Observer
+from sdcompile.console.observers import JsonObserver, LineObserver, LiveObserver, Observer, SayObserver, Throttled
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sdcompile.errors import SdcompileError
     from sdcompile.runtime.saving import Saved
+    from sdcompile.spec import Say
     from sdcompile.store import Freed
 
 __all__ = [
     "Observer",
+    "SayObserver",
     "generating",
     "note",
     "observer",
+    "progressing",
     "report_error",
     "show_doctor",
     "show_explanation",
     "show_gc",
     "show_images",
     "show_manifest",
+    "show_measured",
     "show_plan",
     "show_result",
 ]
@@ -124,6 +128,11 @@ def show_sensitivity(facts: Mapping[str, Any], *, json_mode: bool = False) -> No
     _show("sensitivity", facts, "sensitivity", json_mode)
 
 
+def show_measured(result: Mapping[str, Any], tables: Sequence[Any], *, json_mode: bool = False) -> None:
+    """A result of measuring: as one event, or as tables (title, columns, rows, notes)."""
+    _show(str(result["kind"]), result if json_mode else {"tables": tables}, "measured", json_mode)
+
+
 def show_gc(freed: Freed, *, dry_run: bool = False, json_mode: bool = False) -> None:
     """What `gc` freed, or would free."""
     facts = {"bytes": freed.bytes, "artifacts": freed.artifacts, "leftovers": freed.leftovers, "dry_run": dry_run}
@@ -164,6 +173,27 @@ def generating(total: int, *, json_mode: bool = False) -> Iterator[Callable[[int
             bar.update(task, completed=images + (step / steps if steps else 0), description=text)
 
         yield show
+
+
+@contextmanager
+def progressing(*, json_mode: bool = False) -> Iterator[Say]:
+    """Progress of work that is no build: yields a `Say`. A bar on a terminal, a line now and then elsewhere."""
+    if json_mode or not terminal.is_live():
+        yield Throttled(json_mode)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(bar_width=20), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=terminal.stderr(), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def say(text: str, fraction: float | None = None) -> None:
+            bar.update(task, description=text, completed=fraction)
+
+        yield say
 
 
 def _show(event: str, facts: Mapping[str, Any], page: str, json_mode: bool) -> None:

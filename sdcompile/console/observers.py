@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sdcompile.console import terminal
-from sdcompile.spec import PIPELINE, STAGES
+from sdcompile.spec import PIPELINE, STAGES, Say
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -148,6 +148,55 @@ class LineObserver:
 
     def note(self, text: str) -> None:
         terminal.to_stderr(text)
+
+
+class Throttled:
+    """A `Say` that tells no more often than is useful: JSON events, or lines on stderr."""
+
+    def __init__(self, json_mode: bool) -> None:
+        self._json, self._last = json_mode, -LINE_EVERY_S
+
+    def __call__(self, text: str, fraction: float | None = None) -> None:
+        now = time.monotonic()
+        if now - self._last < (JSON_EVERY_S if self._json else LINE_EVERY_S):
+            return
+        self._last = now
+        if self._json:
+            terminal.emit("progress", text=text, fraction=fraction)
+        else:
+            terminal.to_stderr(text if fraction is None else f"{text} ({fraction:.0%})")
+
+
+@dataclass(frozen=True)
+class SayObserver:
+    """Tells a `Say` of a build that is only a part of the work."""
+
+    say: Say
+
+    @contextmanager
+    def watching(self, steps: Iterable[StepLike]) -> Iterator[None]:
+        yield
+
+    def step_hit(self, step: StepLike) -> None:
+        """What is there already is not worth a word here."""
+
+    def step_start(self, step: StepLike) -> None:
+        self.say(step.name, None)
+
+    def step_say(self, step: StepLike, text: str, fraction: float | None = None) -> None:
+        self.say(f"{step.name}: {text}", None)
+
+    def step_done(self, step: StepLike, seconds: float, peak_bytes: int | None = None) -> None:
+        """The next step's start says it."""
+
+    def step_failed(self, step: StepLike, error: BaseException) -> None:
+        """The error itself is shown by whoever catches it."""
+
+    def warn(self, text: str) -> None:
+        terminal.to_stderr(f"warning: {text}")
+
+    def note(self, text: str) -> None:
+        self.say(text, None)
 
 
 @dataclass

@@ -239,6 +239,18 @@ def _bounds(bounds: Sequence[int]) -> str:
     return str(usual) if low == high else f"{low}-{high} ({usual})"
 
 
+def measured(facts: Facts) -> Iterator[Any]:
+    for shown in facts["tables"]:
+        yield Text(shown.title, style="bold")
+        table = _table(*shown.columns, right=shown.columns[1:])
+        for row in shown.rows:
+            table.add_row(*(Text(cell, style="bold red" if cell == "REGRESSED" else "") for cell in row))
+        yield table
+        for note in shown.notes:
+            yield Text(note, style="dim")
+        yield ""
+
+
 def freed(facts: Facts) -> Iterator[Any]:
     verb = "would free" if facts["dry_run"] else "freed"
     leftovers = f"{facts['leftovers']} leftovers of killed builds"

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
+
+from sdcompile import edits
 
 # low_cpu_mem_usage keeps fp32 safetensors memory-mapped instead of copying them.
 _DIFFUSERS = {"dtype": torch.float32, "low_cpu_mem_usage": True, "local_files_only": True, "use_safetensors": True}
@@ -87,13 +90,28 @@ def _text_encoder(folder: Path, params: Mapping[str, Any]) -> nn.Module:
     return TextEncoder(model, int(params.get("clip_skip") or 0))
 
 
+def _model(kind: Any, folder: Path) -> Any:
+    """The diffusers model in `folder`; one with edits is shaped empty, then given the weights that are left."""
+    made = edits.read(folder)
+    if not made:
+        return kind.from_pretrained(folder, **_DIFFUSERS)
+    with torch.device("meta"):
+        model = kind.from_config(kind.load_config(folder, local_files_only=True))
+    edits.replay(model, made)
+    weights = {
+        name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
 def _unet(folder: Path, params: Mapping[str, Any]) -> nn.Module:
-    return Denoiser(UNet2DConditionModel.from_pretrained(folder, **_DIFFUSERS))
+    return Denoiser(_model(UNet2DConditionModel, folder))
 
 
 def _vae(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Path, Mapping[str, Any]], nn.Module]:
     def load(folder: Path, params: Mapping[str, Any]) -> nn.Module:
-        return wrap(AutoencoderKL.from_pretrained(folder, **_DIFFUSERS))
+        return wrap(_model(AutoencoderKL, folder))
 
     return load
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sdcompile.passes import cast_fp16, nncf_int8
+from sdcompile.passes import blocks, cast_fp16, channels, heads, nncf_int8, recover
 from sdcompile.passes.base import Pass
 
 __all__ = ["PASSES", "Pass", "quantization"]
 
-PASSES: dict[str, Pass] = {p.name: p for p in (nncf_int8.PASS, cast_fp16.PASS)}
+PASSES: dict[str, Pass] = {
+    p.name: p for p in (blocks.PASS, heads.PASS, channels.PASS, recover.PASS, nncf_int8.PASS, cast_fp16.PASS)
+}
 
 
 def quantization(names: Iterable[str]) -> Pass | None:

@@ -79,6 +79,11 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     }  # fmt: skip
     pruning = recipe.pruning(name)
     faults += [f"components.{name}.prune.{p}: unknown pass '{p}'" for p in pruning if p not in PASSES]
+    if pruning and name != family.denoiser:
+        faults.append(
+            f"components.{name}.prune: passes of the prune stage are for {family.denoiser}; {name} has no attention "
+            "heads, resnets or blocks they know"
+        )
     passes = [_planned(PASSES[p], pruning[p]) for p in PASSES if p in pruning]
     names = backend.realises.get(precision, ())
     quantizer, quantize = quantization(names), recipe.quantizing(name)

@@ -125,10 +125,11 @@ def _component(
                 inputs["samples"] = samples
             if record.teacher:
                 inputs["teacher"] = checkpoint
+            # Checkpoints are fp32 whatever the engine will be, so engines of all precisions share the pruning.
             forms[kind] = draft.add(
                 name, record.name, inputs, {"family": family, **choice.module_params, **planned.params}, spec=spec,
-                shapes=shapes, precision=choice.precision, memory=memory.needed(record.memory, size), disk=size,
-                variant=variant,
+                shapes=shapes, precision="fp32" if kind == "checkpoint" else choice.precision,
+                memory=memory.needed(record.memory, size), disk=size, variant=variant,
             )  # fmt: skip
             passes.append(forms[kind])
         return tuple(passes)

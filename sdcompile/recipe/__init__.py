@@ -9,6 +9,7 @@ whether a combination can be built is the plan's to say. YAML is known only here
 from __future__ import annotations
 
 from sdcompile.recipe.compression import AcceptRecipe, CalibrateRecipe, QuantizeRecipe
+from sdcompile.recipe.documents import load_document
 from sdcompile.recipe.fields import Source
 from sdcompile.recipe.known import Known, known_names
 from sdcompile.recipe.model import ComponentRecipe, Effective, Recipe
@@ -33,6 +34,7 @@ __all__ = [
     "dump",
     "known_names",
     "load",
+    "load_document",
     "schema",
     "starter",
 ]

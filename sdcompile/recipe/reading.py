@@ -36,7 +36,7 @@ def load(path: str | Path, sets: Iterable[str] = (), known: Known | None = None)
     Raises RecipeError whose message has one `file:line: field: fault` line per fault.
     """
     path = Path(path)
-    reading = _Reading(str(path), _text_of(path), known or known_names())
+    reading = _Reading(str(path), text_of(path), known or known_names())
     for assignment in sets:
         reading.lay_over(assignment)
     recipe = reading.recipe()
@@ -45,7 +45,8 @@ def load(path: str | Path, sets: Iterable[str] = (), known: Known | None = None)
     return recipe
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """The text of a YAML file. Raises RecipeError when it cannot be read, is too large or is not UTF-8."""
     try:
         if path.is_dir():
             raise RecipeError(f"{path} is a folder; a recipe is a YAML file", f"name the file: {path / 'recipe.yaml'}")
@@ -187,7 +188,7 @@ class _Reading:
                 if item["type"] == "too_short" and item["input"]:
                     # pydantic counts only sound entries; the faulty ones are told of anyway.
                     continue
-                place = _place_of(item["loc"], self.data)
+                place = place_of(item["loc"], self.data)
                 faulty.add(place)
                 if not is_unknown_name(self.data, self.known, place):
                     self.add_at(place, words(item, place))
@@ -217,7 +218,7 @@ def _same_branch(a: Place, b: Place) -> bool:
     return a[: len(b)] == b[: len(a)]
 
 
-def _place_of(loc: tuple[Any, ...], data: Any) -> Place:
+def place_of(loc: tuple[Any, ...], data: Any) -> Place:
     """pydantic's location without the parts it makes up (union branches, validator names)."""
     place: list[str | int] = []
     here = data

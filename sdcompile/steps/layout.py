@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sdcompile import checkpoint
+from sdcompile import checkpoint, edits
 from sdcompile.errors import HostError, RecipeError, SdcompileError, StageError
 from sdcompile.spec import Say
 
@@ -157,7 +157,7 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
             chosen.append(path)
             if name in folders and weights:
                 files, remarks = _weights(tree, name, configs[name])
-                chosen += files
+                chosen += [*files, *(path for path in [f"{name}/{edits.FILE}"] if path in tree.sizes)]
                 notes += remarks
                 if counted := _parameters(tree, files):
                     parameters[name] = counted

@@ -61,6 +61,13 @@ def test_only_the_asked_folders_are_read(root: Path) -> None:
     assert not any(path.startswith("vae") for path in source.files)
 
 
+def test_edits_of_a_pruned_source_are_part_of_it(root: Path) -> None:
+    before = described("model", root.parent)
+    (root / "unet" / "edits.json").write_text('{"version": 1, "edits": []}', encoding="utf-8")
+    after = described("model", root.parent)
+    assert set(after.folder_files("unet")) - set(before.folder_files("unet")) == {"unet/edits.json"}
+
+
 def test_the_model_that_ships_with_the_package_is_built_in() -> None:
     source = described("builtin:tiny", Path("/nowhere"))
     assert (source.id, source.kind) == ("builtin:tiny", "builtin")

@@ -1,0 +1,145 @@
+"""What is measured: bundles as they are asked by default, and peers asked the same on the same weights.
+
+Knows what a worker must be told (see `worker`), and runs none.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdcompile import bundle, machine
+from sdcompile.errors import HostError, RecipeError
+from sdcompile.measure.peers import PEERS
+
+_PEERS_FOLDER = "SDCOMPILE_PEERS"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What every contender is asked; None leaves it to each bundle's own default."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One thing to measure.
+
+    name        how tables call it
+    kind        "bundle", or a name of PEERS
+    job         what its worker is told
+    latent      (channels, pixels per latent) of its noise
+    python      the interpreter it runs under
+    bytes       of weights on disk, from which its memory is guessed before it runs
+    components  name -> {backend, precision, computed_in}, of a bundle
+    digest      of a bundle
+    """
+
+    name: str
+    kind: str
+    job: Mapping[str, Any]
+    latent: tuple[int, int]
+    python: str = sys.executable
+    bytes: int = 0
+    components: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    digest: str | None = None
+
+    def noise_shape(self, count: int) -> tuple[int, int, int, int]:
+        channels, factor = self.latent
+        return count, channels, self.job["call"]["height"] // factor, self.job["call"]["width"] // factor
+
+
+def of_bundles(paths: Sequence[Path], ask: Ask, threads: int, memory: str) -> list[Contender]:
+    """The bundles at `paths`. Raises RecipeError when one is named twice or lacks the asked sampler."""
+    names = _names(paths)
+    return [_of_bundle(path, name, ask, threads, memory) for path, name in zip(paths, names, strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Folder names without .sdc; whole paths where two would be the same."""
+    stems = [path.resolve().name.removesuffix(bundle.SUFFIX) for path in paths]
+    names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"{name} is named twice", "name each bundle once")
+    return names
+
+
+def _of_bundle(path: Path, name: str, ask: Ask, threads: int, memory: str) -> Contender:
+    manifest = bundle.read(path)
+    defaults = manifest.defaults
+    asked = {key: getattr(ask, key) for key in ("num_inference_steps", "guidance_scale", "height", "width")}
+    call = {key: getattr(defaults, key) if value is None else value for key, value in asked.items()}
+    sampler = ask.sampler or defaults.sampler
+    if sampler not in manifest.samplers:
+        raise RecipeError(f"{name} has no sampler {sampler}", f"it has {', '.join(manifest.samplers)}")
+    return Contender(
+        name,
+        "bundle",
+        {
+            "kind": "bundle", "bundle": str(path), "threads": threads, "memory": memory, "sampler": sampler,
+            "call": {**call, "negative_prompt": defaults.negative_prompt},
+        },
+        (manifest.facts["latent_channels"], manifest.facts["vae_scale_factor"]),
+        bytes=sum(entry.bytes for entry in manifest.files.values()),
+        components={
+            name: {"backend": entry.backend, "precision": entry.precision, "computed_in": entry.facts.get("precision")}
+            for name, entry in manifest.components.items()
+        },
+        digest=bundle.digest(path),
+    )  # fmt: skip
+
+
+def of_peer(name: str, like: Contender, source: Path | None, scratch: Path) -> Contender:
+    """The peer `name`, asked what the bundle `like` is asked, on the diffusers folder `source`.
+
+    Raises RecipeError for an unknown peer or a source that is no such folder, HostError where the
+    peer is not installed.
+    """
+    if name not in PEERS:
+        raise RecipeError(f"--vs {name}: no such peer", f"there are: {', '.join(PEERS)}")
+    if source is None or not (source / "model_index.json").is_file():
+        raise RecipeError(
+            f"{name} needs the diffusers folder that {like.name} was built from"
+            + (f"; {source} is none" if source else ""),
+            "name it: --source FOLDER",
+        )
+    sampler = bundle.read(Path(like.job["bundle"])).samplers[like.job["sampler"]]
+    row = PEERS[name]
+    job = {
+        **like.job, "kind": name, "source": str(source.resolve()), "scheduler": sampler.scheduler,
+        "scheduler_config": sampler.config, "exported": str(scratch / row.export) if row.export else None,
+    }  # fmt: skip
+    weights = sum(path.stat().st_size for path in source.glob("*/*.safetensors"))
+    return Contender(name, name, job, like.latent, python_of(name), weights)
+
+
+def python_of(peer: str) -> str:
+    """The interpreter that holds `peer`: this one, or that of the peers' own environment.
+
+    Raises HostError when its packages are in neither.
+    """
+    row = PEERS[peer]
+    folder = Path(os.environ.get(_PEERS_FOLDER) or ".venv-peers")
+    if not row.export:
+        missing = [package for package in row.packages if machine.version(package) is None]
+        if missing:
+            raise HostError(f"{peer} needs {', '.join(missing)}, not installed", "pip install 'sdcompile[compile]'")
+        return sys.executable
+    python = folder / "bin" / "python"
+    if not python.is_file():
+        raise HostError(
+            f"{peer} needs an environment of its own, since its libraries clash with these: {folder} is not there",
+            f"make peers (in a checkout), or: python -m venv {folder} && {folder}/bin/pip install "
+            f"'optimum-intel[openvino]' optimum-onnx diffusers onnxruntime; another place: {_PEERS_FOLDER}=DIR",
+        )
+    return str(python)

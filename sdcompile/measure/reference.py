@@ -1,0 +1,97 @@
+"""What the fp32 reference draws: the bundle's own request, answered by torch through the same runtime.
+
+Pictures are kept in the store under what made them, so that a second evaluation reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdcompile import machine
+from sdcompile.backends import BACKENDS, Engine, Host
+from sdcompile.families import FAMILIES
+from sdcompile.measure.drawing import Request, draw
+from sdcompile.recipe import Recipe, known_names
+from sdcompile.run import Build, build, lay_out, source_of
+from sdcompile.runtime.model import Model
+from sdcompile.runtime.pipeline import Pipeline
+from sdcompile.spec import Say
+from sdcompile.store import Store, key_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from sdcompile.bundle import Manifest
+    from sdcompile.console import Observer
+
+_REVISION = 1
+_STEP = "pipeline.verify.pictures"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The fp32 modules a bundle was made from, planned and made up to torch engines."""
+
+    work: Build
+    folders: dict[str, Path]
+    manifest: Manifest
+
+    def pictures(self, prompts: Sequence[str], request: Request, say: Say) -> NDArray[np.float32]:
+        """(N, H, W, 3) in [0, 1] for `prompts`, drawn now or read from the store (memory-mapped)."""
+        store, name = self.work.store, self.work.recipe.name
+        steps = {step.name: step.key for step in self.work.plan if step.stage == "compile"}
+        parts = {
+            "op": "pictures", "revision": _REVISION, "inputs": steps, "prompts": list(prompts),
+            "request": request.as_json(), "machine": machine.identity(),
+        }  # fmt: skip
+        key = key_of(parts)
+        if store.get(key) is None:
+            with store.making(key, parts, _STEP, name) as out:
+                if out is not None:
+                    with self._pipeline() as pipeline:
+                        np.save(out / "pictures.npy", draw(pipeline, prompts, request, say))
+        store.check(key)
+        pictures: NDArray[np.float32] = np.load(store.path(key) / "pictures.npy", mmap_mode="r")
+        return pictures
+
+    def _pipeline(self) -> Pipeline:
+        manifest = self.manifest
+        model = Model.from_parts(
+            "reference", manifest.family, manifest.facts, manifest.ranges(),
+            self.folders["pipeline.compile.tokenizer"], self.folders["pipeline.compile.samplers"], manifest.defaults,
+        )  # fmt: skip
+
+        def open_engine(component: str) -> Engine:
+            return BACKENDS["reference"].open(self.folders[f"{component}.compile.reference"], Host())
+
+        return Pipeline(model, open_engine)
+
+
+def reference_of(
+    folder: Path, manifest: Manifest, source: str | None, store: Store, observer: Observer, *, offline: bool
+) -> Reference:
+    """Plan and make the reference of the bundle in `folder`.
+
+    Raises RecipeError when its source is not known here, HostError when torch is missing.
+    """
+    recipe = reference_recipe(manifest, source_of(folder, manifest, source))
+    work = lay_out(recipe, Path.cwd(), store, offline=offline)
+    return Reference(work, build(work, "compile", observer), manifest)
+
+
+def reference_recipe(manifest: Manifest, source: str) -> Recipe:
+    """The recipe of the bundle with every component as it was before anything was done to it: torch, fp32."""
+    own = FAMILIES[manifest.family].params
+    components = {
+        name: {key: value for key, value in row.items() if key in own.get(name, ())}
+        for name, row in manifest.recipe.get("components", {}).items()
+    }
+    keep = ("version", "family", "shapes", "samplers", "sampler_steps", "defaults", "source_config")
+    data: dict[str, Any] = {key: manifest.recipe[key] for key in keep if key in manifest.recipe}
+    data |= {"name": f"{manifest.name}-reference", "source": source, "backend": "reference", "precision": "fp32"}
+    return Recipe.model_validate({**data, "components": components}, context=known_names())

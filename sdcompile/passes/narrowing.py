@@ -1,0 +1,302 @@
+"""Making a model narrower: how many units each site loses, which ones, and what makes up for them.
+
+What `heads` and `channels` share. One pass over the recorded inputs gives every site's moments, and
+from those the whole curve of what it loses with each unit; one more, short, run per site gives how
+much of that the model's output feels. A greedy allocation then spends the budget where a unit's
+cost in work buys the least error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from sdcompile import edits
+from sdcompile.errors import StageError
+from sdcompile.passes import compensation, importance, sites
+from sdcompile.passes.compensation import Layer, Moments, Removal
+from sdcompile.passes.sites import Site
+from sdcompile.spec import Say, say_nothing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Calls = Sequence[tuple["Tensor", ...]]
+"""Recorded inputs of the module, one tuple of tensors per call."""
+
+Run = Callable[..., "Tensor"]
+"""The model as a function of one recorded call's tensors."""
+
+RIDGE = 1e-3
+"""Share of the inputs' mean square: enough that a few thousand rows never make a wild solution."""
+
+PROBES = 8
+"""Calls that each site's sensitivity is measured on."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to remove.
+
+    ratio       share of the sites' work (multiply-accumulates of the recorded calls) to remove, [0, 1)
+    uniform     the same share of every site's units; else by sensitivity, under the one budget
+    importance  which units of a site go first
+    merge       keep one unit of every cluster of similar ones, whatever `importance` says
+    compensate  least-squares update of the reader
+    round_to    what stays of a site is a multiple of this many inputs (heads excepted)
+    most        no site loses a larger share of its units
+    """
+
+    ratio: float
+    uniform: bool = False
+    importance: importance.Importance = "reconstruction"
+    merge: bool = False
+    compensate: bool = True
+    round_to: int = 1
+    most: float = 0.75
+    ridge: float = RIDGE
+
+
+@dataclass
+class Study:
+    """What is known of one site: its matrix and moments, its removal curve, its work, its sensitivity.
+
+    cost          multiply-accumulates of one unit over the recorded calls
+    sensitivity   relative squared error of the model's output per relative squared error of the reader's
+    """
+
+    site: Site
+    layer: Layer
+    moments: Moments
+    positions: dict[str, int] = field(default_factory=dict)
+    removal: Removal | None = None
+    cost: float = 0.0
+    sensitivity: float = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one site.
+
+    error         relative squared error of the reader's output on the recorded inputs
+    sensitivity   see `Study`
+    edit          None where nothing was removed
+    """
+
+    site: Site
+    removed: int
+    error: float = 0.0
+    sensitivity: float = 1.0
+    edit: dict[str, Any] | None = None
+
+
+def narrow(
+    run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, request: Request, say: Say = say_nothing
+) -> list[Row]:
+    """Prune `model` in place; returns what became of every site.
+
+    `run` calls the model; `calls` are recorded inputs of it. A ratio of 0 changes nothing. Raises StageError when the
+    ratio cannot be reached with legal counts, or the recorded inputs are not finite.
+    """
+    if request.ratio <= 0.0:
+        return [Row(site, 0) for site in places]
+    studies = observe(run, model, places, calls, say)
+    scores = _scores(run, model, studies, calls, request, say)
+    for number, study in enumerate(studies):
+        say(f"which units of {study.site.module} to remove", 0.3 + 0.4 * number / len(studies))
+        study.removal = _removal(study, scores, request)
+    counts = _uniform(studies, request) if request.uniform else _budgeted(run, model, studies, calls, request, say)
+    if not any(counts.values()):
+        raise StageError(
+            f"nothing can be removed at a ratio of {request.ratio:g}: the smallest legal step of every layer is larger",
+            "ask for a larger ratio, or a smaller `round_to`",
+        )
+    rows = []
+    for study in studies:
+        count = counts[study.site.module]
+        assert study.removal is not None
+        keep = study.removal.kept(count, study.layer.units)
+        edit = study.site.edit(keep) if count else None
+        rows.append(Row(study.site, count, study.removal.error[count], study.sensitivity, edit))
+        if edit:
+            weight, bias = compensation.solved(study.layer, study.moments, keep, _ridge(request))
+            sites.assign(model, study.site, weight, bias)
+            edits.replay(model, [edit])
+    return rows
+
+
+def edits_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [row.edit for row in rows if row.edit is not None]
+
+
+def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as JSON, for effect.json."""
+    return [
+        {
+            "module": row.site.module, "op": row.site.op, "units": row.site.units, "removed": row.removed,
+            "relative_error": row.error, "sensitivity": row.sensitivity,
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
+def observe(run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, say: Say = say_nothing) -> list[Study]:
+    """Every site's moments over `calls`, and how many positions its layers work on."""
+    import torch
+
+    studies = []
+    handles = []
+    for site in places:
+        layer = sites.layer_of(model, site)
+        study = Study(site, layer, Moments(layer.weight.shape[1]))
+        studies.append(study)
+        reader = model.get_submodule(site.reader)
+        handles.append(reader.register_forward_pre_hook(_adder(study)))
+        for name in (site.reader, *site.writers):
+            handles.append(model.get_submodule(name).register_forward_hook(_counter(study, name)))
+    try:
+        with torch.no_grad():
+            for number, call in enumerate(calls):
+                say(f"recorded call {number + 1} of {len(calls)}", 0.3 * number / len(calls))
+                run(*call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for study in studies:
+        weights = {name: cast("Any", model.get_submodule(name)).weight.numel() for name in study.positions}
+        study.cost = sum(weights[name] * count / study.layer.units for name, count in study.positions.items())
+    return studies
+
+
+def _adder(study: Study) -> Callable[..., None]:
+    def add(reader: Any, arguments: tuple[Tensor, ...]) -> None:
+        study.moments.add(sites.rows_of(reader, arguments[0]))
+
+    return add
+
+
+def _counter(study: Study, name: str) -> Callable[..., None]:
+    def count(layer: Any, arguments: Any, output: Tensor) -> None:
+        channels = layer.weight.shape[0]
+        study.positions[name] = study.positions.get(name, 0) + output.numel() // channels
+
+    return count
+
+
+def _removal(study: Study, scores: Mapping[str, Tensor], request: Request) -> Removal:
+    layer, moments = study.layer, study.moments
+    if scores:
+        return compensation.in_order(layer, moments, scores[study.site.module], _ridge(request))
+    return compensation.by_reconstruction(layer, moments, request.ridge)
+
+
+def _ridge(request: Request) -> float | None:
+    return request.ridge if request.compensate else None
+
+
+def _scores(
+    run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, request: Request, say: Say
+) -> dict[str, Tensor]:
+    """Site -> importance of each unit; nothing where the compensated loss itself gives the order."""
+    if request.merge:
+        return {s.site.module: importance.redundancy(s.layer, s.moments) for s in studies}
+    if request.importance == "taylor":
+        say("gradients", 0.3)
+        return importance.taylor(run, model, [s.site for s in studies], calls)
+    if request.importance == "reconstruction":
+        return {} if request.compensate else {s.site.module: importance.output(s.layer, s.moments) for s in studies}
+    power = {"l1": 1.0, "l2": 2.0}[request.importance]
+    return {s.site.module: importance.norm(model, s.site, power) for s in studies}
+
+
+# --- how many ---
+
+
+def _legal(study: Study, request: Request) -> list[int]:
+    most = int(request.most * study.site.units)
+    return [count for count in study.site.counts(request.round_to) if count <= most]
+
+
+def _uniform(studies: Sequence[Study], request: Request) -> dict[str, int]:
+    """The legal count nearest to the ratio, site by site; of two, the smaller."""
+    return {
+        s.site.module: min(_legal(s, request), key=lambda count: (abs(count - request.ratio * s.site.units), count))
+        for s in studies
+    }
+
+
+def _budgeted(
+    run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, request: Request, say: Say
+) -> dict[str, int]:
+    """Counts per site that remove `ratio` of the work for the least total error, as far as is known.
+
+    Errors of different sites are taken to add up. Of all sites' next steps the one of least error per
+    work is taken, until none fits the budget; a step may jump over counts that would only cost more.
+    """
+    measure_sensitivity(run, model, studies, calls, request, say)
+    budget = request.ratio * sum(study.cost * study.site.units for study in studies)
+    counts = {study.site.module: 0 for study in studies}
+    spent = 0.0
+    while True:
+        steps = []
+        for study in studies:
+            assert study.removal is not None
+            now, error = counts[study.site.module], study.removal.error
+            for count in _legal(study, request):
+                work = (count - now) * study.cost
+                if count > now and spent + work <= budget * (1 + 1e-9):
+                    slope = study.sensitivity * (error[count] - error[now]) / work
+                    steps.append((slope, study.site.module, count, work))
+        if not steps:
+            return counts
+        _, name, count, work = min(steps)
+        counts[name], spent = count, spent + work
+
+
+def measure_sensitivity(
+    run: Run, model: nn.Module, studies: Sequence[Study], calls: Calls, request: Request, say: Say = say_nothing
+) -> None:
+    """Set every study's `sensitivity`: prune it alone to about the ratio, and see what the output feels."""
+    probes = probes_of(calls)
+    wanted = outputs(run, probes)
+    for number, study in enumerate(studies):
+        say(f"sensitivity of {study.site.module}", 0.7 + 0.3 * number / len(studies))
+        assert study.removal is not None
+        count = min(len(study.removal.order), max(1, round(request.ratio * study.site.units)))
+        keep = study.removal.kept(count, study.layer.units)
+        with _replaced(model, study, *compensation.solved(study.layer, study.moments, keep, _ridge(request))):
+            change = relative_error(wanted, outputs(run, probes))
+        own = study.removal.error[count]
+        study.sensitivity = change / own if own > 1e-12 else 1.0
+
+
+def probes_of(calls: Calls) -> Calls:
+    """A few of the calls, spread over them."""
+    return calls[:: max(1, len(calls) // PROBES)][:PROBES]
+
+
+def outputs(run: Run, calls: Calls) -> list[Tensor]:
+    import torch
+
+    with torch.no_grad():
+        return [run(*call) for call in calls]
+
+
+def relative_error(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """Sum of squared differences over the sum of squares of `wanted`."""
+    change = sum(float((a - b).double().square().sum()) for a, b in zip(wanted, got, strict=True))
+    return change / max(sum(float(a.double().square().sum()) for a in wanted), 1e-300)
+
+
+@contextmanager
+def _replaced(model: nn.Module, study: Study, weight: Tensor, bias: Tensor) -> Iterator[None]:
+    """The reader with another matrix. Zero columns compute what a smaller layer would: what stays is unchanged."""
+    reader: Any = model.get_submodule(study.site.reader)
+    old = reader.weight, reader.bias
+    sites.assign(model, study.site, weight, bias)
+    try:
+        yield
+    finally:
+        reader.weight, reader.bias = old

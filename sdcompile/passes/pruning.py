@@ -1,0 +1,158 @@
+"""What every pass of the prune stage does around its own idea: open, feed, save, and measure what it did.
+
+A pruned checkpoint is read back before it is judged, so the figures in effect.json are those of the
+files that later steps will read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompile import checkpoint, edits, metrics
+from sdcompile.errors import StageError
+from sdcompile.passes.base import write_effect
+from sdcompile.samples import Samples
+from sdcompile.spec import Job
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+POSITIONS = 16384
+"""Latent positions of one call that recorded rows are gathered into: 64 rows of 16 x 16, 4 of 64 x 64."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A component that is being pruned.
+
+    module   takes the spec's inputs in order, returns its output
+    model    the diffusers model inside it, whose names the weights and the edits have
+    edits    what had been taken out before
+    """
+
+    module: nn.Module
+    model: nn.Module
+    edits: list[dict[str, Any]]
+
+
+def open_subject(folder: Path, job: Job) -> Subject:
+    """The checkpoint in `folder`, which must be a UNet's. Raises StageError when it is another component's."""
+    module = checkpoint.load(job.params["family"], job.component, folder, job.params)
+    model = getattr(module, "unet", None)
+    if model is None:
+        raise StageError(
+            f"{job.component} has no attention heads, resnets and blocks that a pass of the prune stage knows",
+            "`prune:` is for the unet",
+        )
+    return Subject(module, model, edits.read(folder))
+
+
+def calls_of(samples: Samples, job: Job) -> list[tuple[Tensor, ...]]:
+    """The recorded inputs, in the spec's order, rows of equal shape gathered into calls of up to `POSITIONS`.
+
+    Raises StageError when nothing was recorded, or values are not finite.
+    """
+    return [feeds for feeds, _ in _gathered(samples, job)]
+
+
+def pairs_of(samples: Samples, job: Job) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+    """As `calls_of`, with the reference's answers."""
+    return list(_gathered(samples, job))
+
+
+def _gathered(samples: Samples, job: Job) -> Iterable[tuple[tuple[Tensor, ...], Tensor]]:
+    import torch
+
+    assert job.spec is not None
+    if not len(samples):
+        raise StageError(
+            f"no sample of {job.component} was recorded", "raise `calibrate.images` and `calibrate.max_samples`"
+        )
+    groups: dict[tuple[int, ...], list[tuple[Mapping[str, np.ndarray], np.ndarray]]] = {}
+    names, out = [t.name for t in job.spec.inputs], job.spec.outputs[0].name
+    for sample in samples:
+        shapes = (n for name in names for n in (0, *sample.feeds[name].shape[1:]))
+        groups.setdefault(tuple(shapes), []).append((sample.feeds, sample.outputs[out]))
+    for rows in groups.values():
+        columns = [torch.from_numpy(_joined(feeds[name] for feeds, _ in rows)) for name in names]
+        answers = torch.from_numpy(_joined(answer for _, answer in rows))
+        side = columns[0].shape
+        size = max(1, POSITIONS // (side[-1] * side[-2] if len(side) == 4 else 1))
+        # Trajectories are recorded one after the other; a fixed shuffle gives every call some of each.
+        order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0))
+        for part in order.split(size):
+            yield tuple(column[part] for column in columns), answers[part]
+
+
+def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    import numpy as np
+
+    return np.concatenate(list(arrays))
+
+
+def finish(inputs: Mapping[str, Path], out: Path, job: Job, subject: Subject, new: list[Any], **detail: Any) -> None:
+    """Save the edited model of `subject` into `out` and write effect.json.
+
+    new      the edits this pass made, after those made before
+    detail   what the pass has to tell besides
+
+    SNR is that of the saved checkpoint against the fp32 reference's recorded answers on held-out samples.
+    """
+    source = inputs["checkpoint"]
+    before = macs(open_subject(source, job), job)
+    job.say("writing the weights that are left", None)
+    why = checkpoint.save(subject.model, source, out, [*subject.edits, *new])
+    saved = open_subject(out, job)
+    job.say("measuring on held-out samples", None)
+    found = by_region(saved.module, Samples(inputs["samples"], job.component, held_out=True), job)
+    old, left = checkpoint.parameter_bytes(source), checkpoint.parameter_bytes(out)
+    write_effect(
+        out,
+        parameters=(old[0], left[0]),
+        size_bytes=(old[1], left[1]),
+        macs=(before, macs(saved, job)),
+        snr_db={region: worst for region, (worst, _) in found.items()},
+        mean_snr_db={region: mean for region, (_, mean) in found.items()},
+        edits=new,
+        diffusers=why or "an ordinary diffusers folder",
+        **detail,
+    )
+
+
+def by_region(module: nn.Module, samples: Samples, job: Job) -> dict[str, tuple[float, float]]:
+    """Timestep region -> (lowest, mean) SNR in dB of `module` against the recorded answers."""
+    import torch
+
+    assert job.spec is not None
+    found: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        for sample in samples:
+            output = module(*(torch.tensor(sample.feeds[t.name]) for t in job.spec.inputs))
+            snr = metrics.snr_db(sample.outputs[job.spec.outputs[0].name], output.numpy())
+            found.setdefault(sample.told["region"] or "all", []).append(snr)
+    return {region: (round(min(v), 2), round(sum(v) / len(v), 2)) for region, v in found.items()}
+
+
+def macs(subject: Subject, job: Job) -> int:
+    """Multiply-accumulates of one call at the usual shapes: counted on shapes alone, nothing is computed."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    assert job.spec is not None
+    aten: Any = torch.ops.aten
+
+    def attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    # The counter knows the attention kernels of GPUs only.
+    mapping = {aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    feeds = [torch.zeros(t.shape(job.shapes, "opt"), dtype=getattr(torch, t.dtype)) for t in job.spec.inputs]
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
+        subject.module(*(fake.from_tensor(feed) for feed in feeds))
+    return int(counter.get_total_flops() // 2)

@@ -1,0 +1,271 @@
+"""Recovery: a short distillation of the pruned model from the unpruned one, on recorded denoising trajectories.
+
+The student learns the teacher's output and what each of its blocks hands on (as BK-SDM, Kim et al. 2023,
+arXiv:2305.15798), on the recorded latents; half of the rows get the conditioning of another row, so the
+teacher, which answers on the fly, is asked about more than was recorded. No images are needed. The same
+inputs and steps give the same weights on one machine with as many threads; a limit in minutes would not,
+which is why there is none. An interrupted recovery starts anew: a step's folder is made whole or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sdcompile.errors import RecipeError, StageError
+from sdcompile.passes import pruning
+from sdcompile.passes.base import Pass, always
+from sdcompile.samples import Samples
+from sdcompile.spec import Job, Say
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Call = tuple[Tensor, ...]
+
+REVISION = 1
+
+_WARM_UP = 0.05
+"""Share of the steps over which the rate rises; then it falls as a cosine to zero."""
+
+_VALIDATION = 8
+"""Every eighth recorded row is not trained on: it says when to stop. The figures come from other rows still."""
+
+_EXAMS = 10
+
+
+class Params(BaseModel):
+    """How long and on what to train."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(default=300, ge=1, le=100_000, description="Steps of AdamW, at most.")
+    rows: int = Field(default=32, ge=1, le=1024, description="Denoiser rows in one step.")
+    learning_rate: float = Field(default=3e-4, gt=0, lt=1, description="Highest learning rate.")
+    features: float = Field(
+        default=0.5, ge=0, le=100, description="Weight of the blocks' outputs beside the model's own."
+    )
+    mix: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the rows that get the conditioning of another row."
+    )
+    ema: float = Field(default=0.99, ge=0, lt=1, description="Decay of the averaged weights, which are what is kept.")
+    patience: int = Field(
+        default=5, ge=1, description="Stop when this many tenths of the steps bring nothing on rows kept aside."
+    )
+    layers: tuple[str, ...] = Field(
+        default=("*",), min_length=1, description="Weights to train, by pattern ('*attn*'); fewer take less memory."
+    )
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="Seed of the choice of rows.")
+
+
+def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
+    """Train the checkpoint in `inputs["checkpoint"]` towards `inputs["teacher"]`, into `out`."""
+    params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
+    student = pruning.open_subject(inputs["checkpoint"], job)
+    teacher = pruning.open_subject(inputs["teacher"], job)
+    pairs = pruning.pairs_of(Samples(inputs["samples"], job.component, held_out=False), job)
+    job.say("training", 0.0)
+    exams = distil(student, teacher, pairs, params, f"components.{job.component}.prune.recover", job.say)
+    pruning.finish(inputs, out, job, student, [], steps=exams)
+
+
+def distil(
+    student: pruning.Subject,
+    teacher: pruning.Subject,
+    pairs: Sequence[tuple[tuple[Tensor, ...], Tensor]],
+    params: Params,
+    field: str,
+    say: Say,
+) -> list[dict[str, float]]:
+    """Train `student` in place; returns its exams: step and SNR in dB on the rows kept aside.
+
+    What is kept are the averaged weights of the best exam, or the weights as they came when none was
+    better. Raises StageError when the loss is no longer finite.
+    """
+    import torch
+
+    trained = _trained(student.model, params.layers, field)
+    average = {name: weight.detach().clone() for name, weight in trained.items()}
+    best = {name: weight.detach().clone() for name, weight in trained.items()}
+    training, validation = _split(pairs)
+    draws = _draws(training, params)
+    optimiser = torch.optim.AdamW(trained.values(), lr=params.learning_rate, weight_decay=0.0)
+    exams = [{"step": 0, "snr_db": _exam(student.module, validation)}]
+    first = top = exams[0]["snr_db"]
+    start, since = time.monotonic(), 0
+    for step in range(1, params.steps + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = params.learning_rate * _share(step, params.steps)
+        loss = _loss(student, teacher, next(draws), params.features)
+        if not torch.isfinite(loss):
+            raise StageError(f"training diverged at step {step}", f"lower {field}.learning_rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        # Young averages forget faster, or they would remember where the training began.
+        decay = min(params.ema, step / (step + 10))
+        for name, weight in trained.items():
+            average[name].lerp_(weight.detach(), 1 - decay)
+        left_s = (time.monotonic() - start) / step * (params.steps - step)
+        say(f"step {step} of {params.steps}, {top:.1f} dB (from {first:.1f}), {left_s:.0f} s left", step / params.steps)
+        if step % max(1, params.steps // _EXAMS) and step != params.steps:
+            continue
+        with _weights(trained, average):
+            exams.append({"step": step, "snr_db": _exam(student.module, validation)})
+        since += 1
+        if exams[-1]["snr_db"] > top:
+            top, since = exams[-1]["snr_db"], 0
+            best = {name: weight.clone() for name, weight in average.items()}
+        if since >= params.patience:
+            break
+    for name, weight in trained.items():
+        weight.data = best[name]
+    student.model.requires_grad_(False)
+    return exams
+
+
+def _trained(model: nn.Module, patterns: Sequence[str], field: str) -> dict[str, nn.Parameter]:
+    """The parameters to train, as copies: the checkpoint's own are mapped and must not be written to."""
+    names = [name for name, _ in model.named_parameters()]
+    unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+    if unmatched:
+        raise RecipeError(
+            f"{field}.layers: {', '.join(map(repr, unmatched))} matches no weight", f"weights are named as {names[0]}"
+        )
+    chosen = {n: w for n, w in model.named_parameters() if any(fnmatchcase(n, p) for p in patterns)}
+    for weight in chosen.values():
+        weight.data = weight.data.clone()
+        weight.requires_grad_(True)
+    return chosen
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the highest rate: a linear rise, then half a cosine."""
+    rise = max(1, round(_WARM_UP * steps))
+    return min(step / rise, 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
+
+
+def _split(pairs: Sequence[tuple[Call, Tensor]]) -> tuple[list[Call], list[tuple[Call, Tensor]]]:
+    """Calls to train on, and calls with the reference's answers to examine on; rows of both in every call."""
+    import torch
+
+    training, validation = [], []
+    for call, answers in pairs:
+        aside = torch.arange(len(answers)) % _VALIDATION == _VALIDATION - 1
+        training.append(tuple(column[~aside] for column in call))
+        if aside.any():
+            validation.append((tuple(column[aside] for column in call), answers[aside]))
+    if not validation:
+        validation = list(pairs)
+    return training, validation
+
+
+def _draws(calls: Sequence[Call], params: Params) -> Iterator[Call]:
+    """Endless calls of `params.rows` rows of one shape, each shape as often as it has rows.
+
+    Past latents and timesteps, the inputs are conditioning, which some rows get from another row.
+    """
+    import torch
+
+    random = torch.Generator().manual_seed(params.seed)
+    groups: dict[tuple[Any, ...], list[Call]] = {}
+    for call in calls:
+        groups.setdefault(tuple(column.shape[1:] for column in call), []).append(call)
+    tables = [tuple(torch.cat(columns) for columns in zip(*group, strict=True)) for group in groups.values()]
+    sizes = torch.tensor([float(len(table[0])) for table in tables])
+    while True:
+        table = tables[int(torch.multinomial(sizes, 1, generator=random))]
+        rows = torch.randint(len(table[0]), (params.rows,), generator=random)
+        others = torch.randint(len(table[0]), (params.rows,), generator=random)
+        told = torch.where(torch.rand(params.rows, generator=random) < params.mix, others, rows)
+        yield tuple(column[rows] if place < 2 else column[told] for place, column in enumerate(table))
+
+
+def _loss(student: pruning.Subject, teacher: pruning.Subject, call: Call, features: float) -> Tensor:
+    """Relative squared error of the output, and `features` times that of the blocks' outputs on average."""
+    import torch
+
+    with _block_outputs(teacher.model) as wanted, torch.no_grad():
+        target = teacher.module(*call)
+    with _block_outputs(student.model) as got:
+        output = student.module(*call)
+    loss = _relative(output, target)
+    shared = [name for name in wanted if name in got and wanted[name].shape == got[name].shape]
+    if features and shared:
+        loss = loss + features * torch.stack([_relative(got[name], wanted[name]) for name in shared]).mean()
+    return loss
+
+
+def _relative(value: Tensor, target: Tensor) -> Tensor:
+    return (value - target).square().sum() / target.square().sum().clamp(min=1e-12)
+
+
+@contextmanager
+def _block_outputs(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Fills with what each down, mid and up block hands on while the model runs inside."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, arguments: Any, output: Any) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    blocks = {f"down_blocks.{i}": block for i, block in enumerate(model.down_blocks)}
+    blocks |= {f"up_blocks.{i}": block for i, block in enumerate(model.up_blocks)}
+    if model.mid_block is not None:
+        blocks["mid_block"] = model.mid_block
+    handles = [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _exam(module: nn.Module, pairs: Sequence[tuple[Call, Tensor]]) -> float:
+    """SNR in dB over all rows."""
+    import torch
+
+    signal = noise = 0.0
+    with torch.no_grad():
+        for call, answers in pairs:
+            signal += float(answers.double().square().sum())
+            noise += float((module(*call) - answers).double().square().sum())
+    return round(min(10 * math.log10(signal / noise), 200.0), 3) if noise else 200.0
+
+
+@contextmanager
+def _weights(trained: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with `others` in place of its trained weights."""
+    own = {name: weight.data for name, weight in trained.items()}
+    for name, weight in trained.items():
+        weight.data = others[name]
+    try:
+        yield
+    finally:
+        for name, weight in trained.items():
+            weight.data = own[name]
+
+
+PASS = Pass(
+    name="recover",
+    stage="prune",
+    kind="checkpoint",
+    revision=REVISION,
+    params=Params,
+    run=run,
+    packages=("torch", "diffusers"),
+    calibrates=always,
+    teacher=True,
+    # Weights, gradients, two moments, the average and the best so far; the teacher stays mapped.
+    memory=(7.0, 2.0),
+)

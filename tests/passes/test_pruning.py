@@ -1,0 +1,420 @@
+"""Passes of the prune stage on a small random UNet: what they remove and refuse, and what the rest computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdcompile import edits
+from sdcompile.errors import RecipeError, StageError
+from sdcompile.families import FAMILIES
+from sdcompile.passes import PASSES
+from sdcompile.passes.base import read_effect
+from sdcompile.samples import Writer
+from sdcompile.spec import Job
+
+pytestmark = pytest.mark.tiny
+
+FAMILY = FAMILIES["sd"]
+UNET = {
+    "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 2, "cross_attention_dim": 24,
+    "attention_head_dim": 4, "norm_num_groups": 8, "in_channels": 4, "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
+VAE = {
+    "block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+CONFIGS: dict[str, Any] = {
+    "unet": UNET, "vae": VAE, "scheduler": {},
+    "text_encoder": {"hidden_size": 24, "max_position_embeddings": 5},
+}  # fmt: skip
+SHAPES = FAMILY.shapes({"batch": (1, 1, 1), "height": (16, 16, 16), "width": (16, 16, 16)}, CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("unet")
+    UNet2DConditionModel(**UNET).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(source, tmp_path_factory) -> Path:
+    """Twelve calls of eight rows, a quarter of them held out, answered by the source."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("samples")
+    model, writer, draw = opened(source), Writer(folder), np.random.default_rng(0)
+    for number in range(12):
+        feeds = {
+            "sample": draw.standard_normal((8, 4, 8, 8)).astype(np.float32),
+            "timestep": np.full(8, 80.0 * number, np.float32),
+            "encoder_hidden_states": draw.standard_normal((8, 5, 24)).astype(np.float32),
+        }
+        with torch.inference_mode():
+            answer = model(*map(torch.from_numpy, feeds.values())).numpy()
+        told = {"prompt": "x", "region": ("early", "mid", "late")[number % 3], "held_out": number % 4 == 3}
+        writer.add("unet", told, feeds, {"out_sample": answer})
+    writer.index([])
+    return folder
+
+
+def opened(folder: Path):
+    from sdcompile import checkpoint
+
+    return checkpoint.load("sd", "unet", folder, {})
+
+
+def run(name: str, checkpoint: Path, out: Path, samples: Path, teacher: Path | None = None, **params: Any) -> dict:
+    """Run a pass as a build would; returns its effect."""
+    record = PASSES[name]
+    full = record.params.model_validate(params).model_dump(mode="json")
+    job = Job("unet", {"family": "sd", **full}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
+    out.mkdir(parents=True)
+    record.run({"checkpoint": checkpoint, "samples": samples, "teacher": teacher or checkpoint}, out, job)
+    effect = read_effect(out)
+    assert effect is not None
+    return effect
+
+
+def answer(folder: Path):
+    import torch
+
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        return opened(folder)(torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 24))
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def mean_snr(effect: dict) -> float:
+    return sum(effect["mean_snr_db"].values()) / len(effect["mean_snr_db"])
+
+
+@pytest.mark.parametrize("name", ["heads", "channels"])
+def test_a_ratio_of_zero_is_the_identity(source, samples, tmp_path, name):
+    effect = run(name, source, tmp_path / "out", samples, ratio=0)
+    before, after = tensors(source), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    assert not (tmp_path / "out" / edits.FILE).exists()
+    assert effect["parameters"][0] == effect["parameters"][1]
+    assert effect["snr_db"] == dict.fromkeys(("early", "mid", "late"), 200.0)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_heads_leave_for_good(source, samples, tmp_path, uniform):
+    effect = run("heads", source, tmp_path / "out", samples, ratio=0.25, uniform=uniform)
+    removed = [row["removed"] for row in effect["layers"]]
+    assert len(removed) == 12
+    assert sum(removed) == 12 if uniform else sum(removed) > 0
+    assert all(count == 1 for count in removed) or not uniform
+    model = opened(tmp_path / "out")
+    heads = [m.heads for m in model.modules() if hasattr(m, "to_q")]
+    assert heads == [4 - count for count in removed]
+    for side in ("parameters", "bytes", "macs"):
+        assert effect[side][1] < effect[side][0]
+    assert sum(p.numel() for p in model.parameters()) == effect["parameters"][1]
+    assert min(effect["snr_db"].values()) > 10
+
+
+@pytest.mark.parametrize("name", ["heads", "channels"])
+def test_compensation_brings_the_output_nearer(source, samples, tmp_path, name):
+    options = {"ratio": 0.5, "uniform": True, "importance": "l2"}
+    if name == "channels":
+        options |= {"round_to": 1}
+    plain = run(name, source, tmp_path / "a", samples, compensate=False, **options)
+    fitted = run(name, source, tmp_path / "b", samples, **options)
+    assert mean_snr(fitted) > mean_snr(plain)
+    for row, other in zip(fitted["layers"], plain["layers"], strict=True):
+        assert row["removed"] == other["removed"]
+        assert row["relative_error"] <= other["relative_error"] * (1 + 1e-9)
+
+
+def test_the_budget_is_spent_where_it_costs_least(source, samples, tmp_path):
+    equal = run("heads", source, tmp_path / "a", samples, ratio=0.4, uniform=True)
+    chosen = run("heads", source, tmp_path / "b", samples, ratio=0.4)
+    assert len({row["removed"] for row in chosen["layers"]}) > 1
+    assert mean_snr(chosen) > mean_snr(equal) - 1
+
+
+@pytest.mark.parametrize("importance", ["reconstruction", "taylor", "l1", "l2"])
+def test_every_importance_chooses_and_repeats_itself(source, samples, tmp_path, importance):
+    for name in ("a", "b"):
+        options = {"ratio": 0.25, "uniform": True, "importance": importance, "layers": ["mid_block*"]}
+        run("heads", source, tmp_path / name, samples, **options)
+    first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    assert (tmp_path / "a" / edits.FILE).read_bytes() == (tmp_path / "b" / edits.FILE).read_bytes()
+
+
+def test_of_two_like_heads_merging_keeps_one(source, samples, tmp_path):
+    import torch
+
+    twin = tmp_path / "twin"
+    module = opened(source)
+    layer = module.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+    for name in ("to_q", "to_k", "to_v"):
+        weight = getattr(layer, name).weight = torch.nn.Parameter(getattr(layer, name).weight.clone())
+        weight.data[24:32] = weight.data[8:16]
+    projection = layer.to_out[0]
+    projection.weight = torch.nn.Parameter(projection.weight.clone())
+    projection.weight.data[:, 24:32] = 0.7 * projection.weight.data[:, 8:16]
+    module.unet.save_pretrained(twin)
+    options = {"ratio": 0.25, "uniform": True, "layers": ["mid_block*attn1"]}
+    merged = run("heads", twin, tmp_path / "out", samples, merge=True, **options)
+    (edit,) = merged["edits"]
+    assert not {1, 3} <= set(edit["keep"])
+    assert merged["layers"][0]["relative_error"] < 1e-4
+    assert torch.allclose(answer(twin), answer(tmp_path / "out"), atol=1e-3)
+
+
+def test_channels_keep_whole_groups(source, samples, tmp_path):
+    effect = run("channels", source, tmp_path / "out", samples, ratio=0.3, round_to=8)
+    model = opened(tmp_path / "out").unet
+    resnets = [m for m in model.modules() if hasattr(m, "conv2")]
+    assert any(r.norm2.num_groups < 8 for r in resnets)
+    for resnet in resnets:
+        per_group = resnet.norm2.num_channels // resnet.norm2.num_groups
+        assert per_group == resnet.out_channels // 8
+        assert resnet.norm2.num_channels % 8 == 0
+        assert resnet.conv1.out_channels == resnet.norm2.num_channels == resnet.conv2.in_channels
+        assert resnet.time_emb_proj.out_features == resnet.norm2.num_channels
+    for module in model.modules():
+        if hasattr(module, "net"):
+            assert module.net[0].proj.out_features == 2 * module.net[2].in_features
+    share = 1 - effect["macs"][1] / effect["macs"][0]
+    assert 0.05 < share < 0.3
+
+
+def test_wide_convolutions_are_fitted_channel_by_channel(source, samples, tmp_path, monkeypatch):
+    """Beyond a size the moments are those of channels, not of unfolded inputs: coarser, still better than nothing."""
+    from sdcompile.passes import sites
+
+    options = {"ratio": 0.5, "uniform": True, "round_to": 1, "importance": "l2", "parts": ["resnets"]}
+    unfolded = run("channels", source, tmp_path / "a", samples, **options)
+    plain = run("channels", source, tmp_path / "b", samples, compensate=False, **options)
+    monkeypatch.setattr(sites, "UNFOLDED", 100)
+    mixed = run("channels", source, tmp_path / "c", samples, **options)
+    assert mean_snr(plain) < mean_snr(mixed) < mean_snr(unfolded)
+
+
+def test_writing_a_matrix_back_changes_nothing(source, monkeypatch):
+    import torch
+
+    from sdcompile.passes import sites
+
+    for limit in (10_000, 100):
+        monkeypatch.setattr(sites, "UNFOLDED", limit)
+        model = opened(source).unet
+        for site in [*sites.channels_of(model), *sites.heads_of(model), *sites.feed_forwards_of(model)]:
+            reader = model.get_submodule(site.reader)
+            before = reader.weight.clone(), reader.bias.clone()
+            layer = sites.layer_of(model, site)
+            sites.assign(model, site, layer.weight, layer.bias)
+            assert torch.equal(reader.weight, before[0])
+            assert torch.equal(reader.bias, before[1])
+
+
+def test_passes_compose(source, samples, tmp_path):
+    import torch
+
+    run("heads", source, tmp_path / "a", samples, ratio=0.25, uniform=True)
+    run("channels", tmp_path / "a", tmp_path / "b", samples, ratio=0.2)
+    effect = run("heads", tmp_path / "b", tmp_path / "c", samples, ratio=0.34, uniform=True)
+    made = edits.read(tmp_path / "c")
+    assert made[: len(edits.read(tmp_path / "b"))] == edits.read(tmp_path / "b")
+    assert {edit["of"] for edit in effect["edits"]} == {3}
+    model = opened(source).unet
+    edits.replay(model, made)
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors(tmp_path / "c").items()})
+
+
+def test_a_pruned_unet_exports_smaller_and_computes_what_torch_does(source, samples, tmp_path):
+    import onnxruntime
+    import torch
+
+    from sdcompile.steps import export_onnx
+
+    run("heads", source, tmp_path / "a", samples, ratio=0.25)
+    run("channels", tmp_path / "a", tmp_path / "b", samples, ratio=0.3)
+    params = {"family": "sd", "opset": 20, "attention": "sdpa", "multiples": FAMILY.facts(CONFIGS)["multiples"]}
+    job = Job("unet", params, spec=FAMILY.components(CONFIGS)["unet"], shapes=SHAPES)
+    (tmp_path / "onnx").mkdir()
+    export_onnx.run({"checkpoint": tmp_path / "b"}, tmp_path / "onnx", job)
+    weights = (tmp_path / "onnx" / "model.onnx.data").stat().st_size
+    assert weights < 0.9 * next(source.glob("*.safetensors")).stat().st_size
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    torch.manual_seed(3)
+    feeds = (torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 24))
+    names = [t.name for t in job.spec.inputs]  # type: ignore[union-attr]
+    got = session.run(None, {n: f.numpy() for n, f in zip(names, feeds, strict=True)})[0]
+
+    def gap(folder: Path) -> float:
+        return float(np.abs(got - answer(folder).numpy()).max() / np.abs(got).max())
+
+    assert gap(tmp_path / "b") < 1e-5
+    assert gap(source) > 1e-3, "the sibling: the whole model does not compute what the pruned one does"
+
+
+def test_the_work_is_counted_with_attention(source, samples, tmp_path):
+    """Linear layers and convolutions by hand; attention adds 2 x tokens x tokens x width per layer."""
+    import torch
+
+    from sdcompile.passes import pruning
+
+    job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
+    subject = pruning.open_subject(source, job)
+    seen = 0
+
+    def count(layer: Any, arguments: Any, output: Any) -> None:
+        nonlocal seen
+        seen += layer.weight.numel() * output.numel() // layer.weight.shape[0]
+
+    def attend(layer: Any, arguments: Any, keywords: Any, output: Any) -> None:
+        nonlocal seen
+        told = keywords.get("encoder_hidden_states")
+        keys = (arguments[0] if told is None else told).shape[1]
+        seen += 2 * output.shape[0] * output.shape[1] * keys * layer.to_v.out_features
+
+    for layer in subject.model.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+        elif hasattr(layer, "to_q"):
+            layer.register_forward_hook(attend, with_kwargs=True)
+    feeds = [torch.zeros(t.shape(SHAPES, "opt")) for t in job.spec.inputs]  # type: ignore[union-attr]
+    with torch.no_grad():
+        subject.module(*feeds)
+    assert pruning.macs(pruning.open_subject(source, job), job) == seen
+
+
+# --- blocks ---
+
+
+def test_blocks_are_chosen_by_what_the_output_misses(source, samples, tmp_path):
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    effect = run("blocks", source, tmp_path / "out", samples, count=2)
+    assert [row["relative_error"] > 0 for row in effect["blocks"]] == [True, True]
+    assert effect["macs"][1] < effect["macs"][0]
+    assert effect["diffusers"] == "an ordinary diffusers folder"
+    plain = UNet2DConditionModel.from_pretrained(tmp_path / "out")
+    assert sum(p.numel() for p in plain.parameters()) == effect["parameters"][1]
+    assert torch.isfinite(answer(tmp_path / "out")).all()
+
+
+def test_named_blocks_are_removed_and_others_refused(source, samples, tmp_path):
+    effect = run("blocks", source, tmp_path / "a", samples, remove=["mid_block", "down_blocks.0.1+up_blocks.1.1"])
+    assert [row["block"] for row in effect["blocks"]] == ["mid_block", "down_blocks.0.1+up_blocks.1.1"]
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["mid_block_type"] is None
+    with pytest.raises(RecipeError, match=r"'down_blocks.9.1' is no block that can be removed"):
+        run("blocks", source, tmp_path / "b", samples, remove=["down_blocks.9.1"])
+    with pytest.raises(RecipeError, match="'mid_block' is no block"):
+        run("blocks", tmp_path / "a", tmp_path / "c", samples, remove=["mid_block"])
+    with pytest.raises(StageError, match="blocks can be removed, not 60"):
+        run("blocks", source, tmp_path / "d", samples, count=60)
+
+
+# --- recovery ---
+
+
+def test_recovery_brings_the_output_nearer_and_repeats_itself(source, samples, tmp_path):
+    pruned = tmp_path / "pruned"
+    lost = run("heads", source, pruned, samples, ratio=0.5, uniform=True, importance="l1", compensate=False)
+    options = {"steps": 16, "rows": 16, "learning_rate": 2e-4}
+    found = run("recover", pruned, tmp_path / "a", samples, teacher=source, **options)
+    run("recover", pruned, tmp_path / "b", samples, teacher=source, **options)
+    assert mean_snr(found) > mean_snr(lost) + 1
+    assert found["parameters"][0] == found["parameters"][1]
+    assert edits.read(tmp_path / "a") == edits.read(pruned)
+    first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_recovery_that_brings_nothing_keeps_the_weights(source, samples, tmp_path):
+    run("heads", source, tmp_path / "pruned", samples, ratio=0.25, uniform=True)
+    found = run(
+        "recover", tmp_path / "pruned", tmp_path / "out", samples, teacher=source, steps=20, rows=2,
+        learning_rate=0.5, patience=2, ema=0,
+    )  # fmt: skip
+    before, after = tensors(tmp_path / "pruned"), tensors(tmp_path / "out")
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+    assert [row["step"] for row in found["steps"]] == [0, 2, 4], "stopped by patience"
+
+
+def test_recovery_can_train_some_weights_only(source, samples, tmp_path):
+    run("heads", source, tmp_path / "pruned", samples, ratio=0.5, uniform=True, compensate=False)
+    run("recover", tmp_path / "pruned", tmp_path / "a", samples, teacher=source, steps=10, rows=8, layers=["*to_out*"])
+    before, after = tensors(tmp_path / "pruned"), tensors(tmp_path / "a")
+    changed = {key for key in before if not np.array_equal(before[key], after[key])}
+    assert changed
+    assert all("to_out" in key for key in changed)
+    with pytest.raises(RecipeError, match=r"'\*nothing\*' matches no weight"):
+        run("recover", tmp_path / "pruned", tmp_path / "b", samples, teacher=source, layers=["*nothing*"])
+
+
+# --- what is refused ---
+
+
+def test_patterns_that_match_nothing_are_refused(source, samples, tmp_path):
+    with pytest.raises(RecipeError, match=r"prune.heads.layers: '\*attn9' matches no layer"):
+        run("heads", source, tmp_path / "a", samples, layers=["*attn1", "*attn9"])
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
+def test_ratios_that_are_no_share_are_refused(ratio):
+    for name in ("heads", "channels"):
+        with pytest.raises(ValueError, match=r"ratio"):
+            PASSES[name].params.model_validate({"ratio": ratio})
+
+
+def test_merging_without_least_squares_is_refused():
+    with pytest.raises(ValueError, match="needs compensate"):
+        PASSES["heads"].params.model_validate({"merge": True, "compensate": False})
+
+
+def test_groups_that_cannot_be_kept_legal_are_refused(source, samples, tmp_path):
+    with pytest.raises(StageError, match="smallest legal step of every layer is larger"):
+        run("channels", source, tmp_path / "a", samples, ratio=0.3, round_to=64, parts=["resnets"])
+
+
+def test_a_component_without_heads_is_refused(samples, tmp_path):
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(**VAE).save_pretrained(tmp_path / "vae")
+    record = PASSES["heads"]
+    full = record.params().model_dump(mode="json")
+    job = Job("vae_decoder", {"family": "sd", **full}, "fp32", FAMILY.components(CONFIGS)["vae_decoder"], SHAPES)
+    with pytest.raises(StageError, match="vae_decoder has no attention heads"):
+        record.run({"checkpoint": tmp_path / "vae", "samples": samples}, tmp_path, job)
+
+
+def test_nan_in_the_samples_stops(source, samples, tmp_path):
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(samples, tmp_path / "samples")
+    path = tmp_path / "samples" / "unet" / "000.safetensors"
+    arrays = load_file(path)
+    arrays["in.sample"][0, 0, 0, 0] = np.nan
+    save_file(arrays, path)
+    with pytest.raises(StageError, match="NaN"):
+        run("heads", source, tmp_path / "out", tmp_path / "samples")
