@@ -20,7 +20,7 @@ from sdcompile import isolated, machine
 from sdcompile.backends import BACKENDS
 from sdcompile.errors import HostError, RecipeError, SdcompileError, StageError, VerifyError
 from sdcompile.families import FAMILIES
-from sdcompile.files import link_tree, size_bytes
+from sdcompile.files import link_tree
 from sdcompile.passes import PASSES
 from sdcompile.plan import SOURCE, Machine, Plan, Step, resolve
 from sdcompile.recipe import ComponentRecipe, Recipe, load
@@ -333,20 +333,3 @@ def _is_same(folder: Path, target: Path) -> bool:
         return False
     entries = bundle.read(folder).files.items()
     return all((target / path).is_file() and (target / path).stat().st_size == e.bytes for path, e in entries)
-
-
-def outcome(work: Build, paths: Mapping[str, Path], placed: Path | None) -> dict[str, Any]:
-    """What a command has to show at its end: the bundle, its size, and the figures of every report."""
-    reports = {
-        step.component: json.loads((paths[step.name] / "report.json").read_text(encoding="utf-8"))
-        for step in work.plan
-        if step.gives == "report" and step.name in paths
-    }
-    return {
-        "name": work.recipe.name,
-        "bundle": str(placed) if placed else None,
-        "bytes": size_bytes(placed) if placed else None,
-        "folders": {name: str(path) for name, path in paths.items()} if placed is None else {},
-        "reports": reports,
-        "fallbacks": dict(work.fallbacks),
-    }

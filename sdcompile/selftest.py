@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompile import __version__, machine, run
+from sdcompile import __version__, machine, run, status
 from sdcompile.backends import BACKENDS
 from sdcompile.backends.trt import driver
 from sdcompile.errors import SdcompileError, VerifyError
@@ -77,7 +77,7 @@ def _row(name: str, options: Mapping[str, Any], store: Store, folder: Path, obse
         with observer.watching(work.plan):
             paths = run.build(work, "package", observer)
         placed = run.place(work, paths["pipeline.package.bundle"], folder)
-        reports = run.outcome(work, paths, placed)["reports"]
+        reports = status.outcome(work, paths, placed)["reports"]
         unrun = any(report.get("stand_in") for report in reports.values())
         return {
             "state": "built" if unrun else "passed",

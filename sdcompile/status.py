@@ -14,6 +14,7 @@ from sdcompile import machine
 from sdcompile.backends import BACKENDS
 from sdcompile.bundle import read as read_bundle
 from sdcompile.errors import BundleError, HostError, RecipeError
+from sdcompile.files import size_bytes
 from sdcompile.passes import PASSES, quantization
 from sdcompile.passes.base import read_effect
 from sdcompile.run import Build, wanted
@@ -36,7 +37,25 @@ def check_stage(work: Build, stage: Stage) -> None:
         raise RecipeError(f"{work.recipe.name} has no {stage} stage", _ASKED_BY[stage])
 
 
-def effects(work: Build, paths: Mapping[str, Path], bundle: Path | None) -> dict[str, Any]:
+def outcome(work: Build, paths: Mapping[str, Path], placed: Path | None) -> dict[str, Any]:
+    """What a command has to show at its end: the bundle, its size, every report, and what passes did."""
+    reports = {
+        step.component: json.loads((paths[step.name] / "report.json").read_text(encoding="utf-8"))
+        for step in work.plan
+        if step.gives == "report" and step.name in paths
+    }
+    return {
+        "name": work.recipe.name,
+        "bundle": str(placed) if placed else None,
+        "bytes": size_bytes(placed) if placed else None,
+        "folders": {name: str(path) for name, path in paths.items()} if placed is None else {},
+        "reports": reports,
+        "effects": _effects(work, paths, placed),
+        "fallbacks": dict(work.fallbacks),
+    }
+
+
+def _effects(work: Build, paths: Mapping[str, Path], bundle: Path | None) -> dict[str, Any]:
     """Component -> {"passes": what each pass did, "race": int8 against the rest}: of the bundle, or of steps made."""
     if bundle is not None:
         entries = read_bundle(bundle).components

@@ -144,8 +144,11 @@ def test_parameters_of_passes_are_checked_at_their_line(plan, text, expected):
             "quantize: {accept_if: {sped: 1}}",
             "7: quantize.accept_if.sped: unknown field 'sped', did you mean 'speedup'?",
         ),
-        ("quantize: {}", "7: quantize: no component is quantized; what quantizes: "),
-        ("components: {unet: {quantize: {}}}", "7: components.unet.quantize: unet is quantized with fp32 on reference"),
+        ("quantize: {}", "7: quantize: no component is quantized, so that this speaks to nothing; what quantizes: "),
+        (
+            "components: {unet: {quantize: {}}}",
+            "7: components.unet.quantize: unet is built in fp32 on reference, so that this speaks to nothing",
+        ),
     ],
 )
 def test_faults_of_calibration_and_quantization_have_their_line(plan, text, expected):

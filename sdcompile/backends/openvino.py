@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile import machine
 from sdcompile.backends import mapped, racing
+from sdcompile.backends import openvino_graphs as graphs
 from sdcompile.backends.base import Backend, Card, Engine, Host, Probe, card_from_job, read_card, write_card
 from sdcompile.backends.openvino_ir import HINT, convert, import_openvino, reason
 from sdcompile.errors import StageError
@@ -38,9 +39,6 @@ _GAIN = 1.03
 
 _PAYBACK_CALLS = 100
 """Calls after which a static compilation must have paid for itself: five images of twenty steps."""
-
-_PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
-"""Layers of a compiled model that int8 makes faster."""
 
 
 class Options(BaseModel):
@@ -312,7 +310,11 @@ class OpenVinoEngine:
 
     def _facts_of(self, compiled: ov.CompiledModel) -> dict[str, Any]:
         computed = _NAMES[compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()]
-        int8 = {"int8_operators": _int8_operators(compiled), "rest": computed} if self._card.precision == "int8" else {}
+        int8 = (
+            {"int8_operators": graphs.int8_operators(compiled), "rest": computed}
+            if self._card.precision == "int8"
+            else {}
+        )
         return {
             "device": "CPU",
             "precision": "int8" if int8.get("int8_operators") else computed,
@@ -324,16 +326,6 @@ class OpenVinoEngine:
             "streams": int(compiled.get_property("NUM_STREAMS")),
             "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
         }
-
-
-def _int8_operators(compiled: ov.CompiledModel) -> int:
-    """How many of the compiled model's convolutions and products run on 8-bit integers."""
-    found = 0
-    for op in compiled.get_runtime_model().get_ops():
-        info = op.get_rt_info()
-        kind, precision = (str(info[key].value) if key in info else "" for key in ("layerType", "runtimePrecision"))
-        found += kind in _PRODUCTS and precision in ("i8", "u8")
-    return found
 
 
 BACKEND = Backend(

@@ -6,21 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompile.backends import mapped
+from sdcompile.backends.openvino_graphs import fits_fp16
 from sdcompile.errors import HostError, StageError
 
 if TYPE_CHECKING:
-    import numpy as np
     import openvino as ov
 
 HINT = "pip install 'sdcompile[openvino]'"
-
-_FP16_MAX = 65504.0
-_FP16_SMALLEST_NORMAL = 2.0**-14
-
-_MASK = 1e30
-"""Finite values beyond this stand for infinity in attention masks; they are no weights."""
-
-_CHUNK = 1 << 24
 
 
 def import_openvino() -> Any:
@@ -43,29 +35,11 @@ def convert(core: ov.Core, source: Path, out: Path, precision: str, weights: str
         raise StageError(f"OpenVINO refuses {source.name}: {reason(error)}") from error
     with mapped.pages_released(source.parent):
         if weights == "auto":
-            weights = "fp32" if precision == "fp32" or not _fits_fp16(model) else "fp16"
+            weights = "fp32" if precision == "fp32" or not fits_fp16(model) else "fp16"
         import_openvino().save_model(model, out / "model.xml", compress_to_fp16=weights == "fp16")
     del model
     mapped.trim()
     return weights
-
-
-def _fits_fp16(model: ov.Model) -> bool:
-    """False when a weight tensor overflows fp16 or lies wholly among its subnormals."""
-    for node in model.get_ops():
-        if node.get_type_name() != "Constant" or node.get_element_type().get_type_name() != "f32":
-            continue
-        data = node.data.reshape(-1)
-        if data.size < 2:
-            continue
-        largest = max(_largest(data[i : i + _CHUNK]) for i in range(0, data.size, _CHUNK))
-        if _FP16_MAX < largest < _MASK or 0 < largest < _FP16_SMALLEST_NORMAL:
-            return False
-    return True
-
-
-def _largest(chunk: np.ndarray) -> float:
-    return max(float(chunk.max()), -float(chunk.min()))
 
 
 def reason(error: Exception) -> str:

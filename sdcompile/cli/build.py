@@ -79,8 +79,7 @@ def _build(
     hand_over()
     bundle_step = "pipeline.package.bundle"
     placed = run.place(work, paths[bundle_step], output) if bundle_step in paths else None
-    result = run.outcome(work, paths, placed) | {"effects": status.effects(work, paths, placed)}
-    console.show_result(result, json_mode=json)
+    console.show_result(status.outcome(work, paths, placed), json_mode=json)
 
 
 @app.command(short_help="Engines against the torch reference.", rich_help_panel="Build")

@@ -78,6 +78,7 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     faults += [f"components.{name}.build: {fault}" for fault in backend.refuses(precision, options)]
     params = {"family": family.name, "options": options.model_dump(mode="json"), **chosen.params}
     pruning = recipe.pruning(name)
+    faults += [f"components.{name}.prune.{p}: unknown pass '{p}'" for p in pruning if p not in PASSES]
     if pruning and name != family.denoiser:
         faults.append(
             f"components.{name}.prune: passes of the prune stage are for {family.denoiser}; {name} has no attention "

@@ -85,8 +85,9 @@ def _quantize_faults(place: Place, known: Known, data: Any, chosen: list[tuple[A
     models = dict.fromkeys(model for model in found if model is not None)
     if not models:
         takers = ", ".join(f"{b} ({', '.join(row)})" for b, row in known.quantize.items() if row)
-        asked = "" if who == "no component" else " with {1} on {0}".format(*chosen[0])
-        yield place, f"{who} is quantized{asked}; what quantizes: {takers or 'nothing installed'}"
+        backend, precision = chosen[0]
+        own = f"{who} is quantized" if who == "no component" else f"{who} is built in {precision} on {backend}"
+        yield place, f"{own}, so that this speaks to nothing; what quantizes: {takers or 'nothing installed'}"
     params = {key: value for key, value in data.items() if key not in QuantizeRecipe.model_fields}
     for model in models:
         yield from _option_faults(place, model, params, tuple(QuantizeRecipe.model_fields))
