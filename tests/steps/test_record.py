@@ -300,7 +300,7 @@ def bundled(inputs, tmp_path):
     cards = {name: json.loads((folder / "engine.json").read_text()) for name, folder in engines.items()}
     params = {
         "recipe": {"name": "small", "family": "sd"}, "source": {"id": "test", "licence": None},
-        "facts": job.params["facts"], "fallbacks": {},
+        "facts": job.params["facts"], "fallbacks": {}, "profiles": {},
         "components": {n: {k: c[k] for k in ("backend", "precision", "params", "spec")} for n, c in cards.items()},
         "defaults": {
             "sampler": "euler_ancestral", "num_inference_steps": 6, "guidance_scale": 3.0, "height": 32, "width": 32,
