@@ -98,7 +98,7 @@ def lines(
     return _draw(3.2, f"lines {x} {y} {' '.join(series)}", paint)
 
 
-def bars(rows: Sequence[tuple[str, float, float, float]], *, x: str, chosen: str = "") -> str:
+def bars(rows: Sequence[tuple[str, float, float, float]], *, x: str, chosen: str = "", digits: int = 2) -> str:
     """Horizontal bars (name, value, low, high) from top to bottom, with whiskers; `chosen` stands out."""
 
     def paint(axes: Axes) -> None:
@@ -111,7 +111,7 @@ def bars(rows: Sequence[tuple[str, float, float, float]], *, x: str, chosen: str
         axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=_VARIABLES["ink"], elinewidth=1, capsize=2.5)
         for place, (_, value, _, high) in enumerate(rows):
             axes.annotate(
-                f" {value:.2f}", (max(value, high), place), va="center", fontsize=8.5, color=_VARIABLES["ink"]
+                f" {value:.{digits}f}", (max(value, high), place), va="center", fontsize=8.5, color=_VARIABLES["ink"]
             )
         axes.set_yticks(list(places), names)
         axes.invert_yaxis()
@@ -120,7 +120,7 @@ def bars(rows: Sequence[tuple[str, float, float, float]], *, x: str, chosen: str
         axes.set_xlim(left=0)
         axes.set_xlabel(x)
 
-    return _draw(0.75 + 0.34 * len(rows), f"bars {x} {len(rows)}", paint)
+    return _draw(0.75 + 0.34 * len(rows), f"bars {x} {rows[0][0]} {len(rows)}", paint)
 
 
 def pareto(points: Sequence[Mapping[str, Any]], *, x: str, y: str, floor: float | None = None) -> str:

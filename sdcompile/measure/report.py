@@ -19,6 +19,7 @@ from sdcompile.measure.tables import Table, number
 Data = Mapping[str, Any]
 
 _ROWS = 8
+_GROUPS = 20
 
 
 def of_bundle(folder: Path, bench: Data | None, evaluation: Path | None, timings: Data | None) -> str:
@@ -34,6 +35,7 @@ def of_bundle(folder: Path, bench: Data | None, evaluation: Path | None, timings
     body = [
         *_head(manifest, bundle.digest(folder)),
         html.section("Verification", *_verification(verification)),
+        html.section("What passes did", *_compression(folder, manifest)),
         html.section("One image", *_waterfall(timings)),
         html.section("Speed", *_tables(tables.bench(bench) if bench else ())),
         html.section("Quality", *_quality(judged, evaluation, manifest.name)),
@@ -165,6 +167,30 @@ def _verification(verify: Data) -> Iterator[str]:
         yield html.figure(
             charts.lines(series, x="timestep (1000 = pure noise)", y="SNR, dB", floors=floors),
             "Agreement of every recorded call of the denoiser with torch in fp32, by timestep: higher is closer.",
+        )
+
+
+def _compression(folder: Path, manifest: bundle.Manifest) -> Iterator[str]:
+    """Effects of passes, and what int8 costs in each group of layers where that was measured."""
+    rows = tuple(
+        (name, effect["pass"],
+         *(f"{after:,} of {before:,}" for before, after in (effect["parameters"], effect["bytes"])),
+         ", ".join(f"{region} {level:.1f}" for region, level in effect["snr_db"].items()) or "-")
+        for name, entry in manifest.components.items()
+        for effect in entry.effects
+    )  # fmt: skip
+    if rows:
+        columns = ("component", "pass", "parameters", "bytes", "SNR dB by timestep region")
+        yield html.table(Table("", columns, rows))
+    for path in sorted((folder / "reports").glob("*-sensitivity.json")):
+        told = _json(path)
+        worst = sorted((min(group["snr_db"].values()), group["name"]) for group in told["groups"])[:_GROUPS]
+        kept = set(told["left_out"])
+        bars = [(f"{name} (left in float)" if name in kept else name, level, level, level) for level, name in worst]
+        yield html.figure(
+            charts.bars(bars, x="SNR with that group alone in int8, dB", digits=1),
+            f"{path.name.partition('-')[0]}: the {len(bars)} groups of layers that int8 costs most, worst first; "
+            f"all {len(told['groups'])} together give {min(told['all'].values()):.1f} dB.",
         )
 
 

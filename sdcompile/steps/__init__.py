@@ -45,5 +45,5 @@ OPS: dict[str, Op] = {
     "record": Op("sdcompile.steps.record", "verify", "samples", revision=2, packages=_TORCH),
     "engine": Op("sdcompile.steps.verify", "verify", "report", revision=2, host=True),
     "images": Op("sdcompile.steps.verify_images", "verify", "report", host=True),
-    "bundle": Op("sdcompile.steps.package", "package", "bundle", revision=3),
+    "bundle": Op("sdcompile.steps.package", "package", "bundle", revision=4),
 }

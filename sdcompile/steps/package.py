@@ -17,6 +17,7 @@ from typing import Any
 from sdcompile import __version__, bundle, machine
 from sdcompile.files import link, link_tree
 from sdcompile.passes.base import read_effect
+from sdcompile.passes.nncf_int8 import SENSITIVITY
 from sdcompile.runtime.profiles import FILE as PROFILES
 from sdcompile.spec import Job
 from sdcompile.steps.report import reports as combined
@@ -51,6 +52,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         link(inputs["tables"] / f"{name}.npz", out / "samplers" / f"{name}.npz")
     link(inputs["tokenizer"] / "tokenizer.json", out / "tokenizer" / "tokenizer.json")
     _write_reports(out / "reports", reports)
+    for role, folder in inputs.items():
+        if role.startswith("pass.") and (folder / SENSITIVITY).is_file():
+            link(folder / SENSITIVITY, out / "reports" / f"{role.split('.')[1]}-{SENSITIVITY}")
     (out / "README.md").write_text(_readme(params), encoding="utf-8")
     (out / PROFILES).write_text(_profiles(params), encoding="utf-8")
     for stray in out.rglob(ARTIFACT):

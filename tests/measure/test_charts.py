@@ -68,3 +68,24 @@ def test_markdown_escapes_what_would_end_a_cell():
     text = tables.markdown([tables.Table("T", ("", "a"), (("x|y", "1"),))])
     assert "| x\\|y | 1 |" in text
     assert "|---|---:|" in text
+
+
+def test_a_report_shows_what_passes_did_and_what_int8_costs_worst_first(tmp_path):
+    import json
+    from types import SimpleNamespace
+
+    from sdcompile.measure import report
+
+    effect = {"pass": "nncf_int8", "parameters": [10, 10], "bytes": [40, 10], "snr_db": {"early": 21.5}}
+    manifest = SimpleNamespace(components={"unet": SimpleNamespace(effects=[effect])})
+    groups = [{"name": f"group.{n}", "operators": 1, "snr_db": {"early": 30.0 + n, "late": 40.0}} for n in range(3)]
+    told = {"all": {"early": 19.0, "late": 28.0}, "left_out": ["group.0"], "groups": groups[::-1]}
+    (tmp_path / "reports").mkdir()
+    assert "<svg" not in "".join(report._compression(tmp_path, manifest))
+    (tmp_path / "reports" / "unet-sensitivity.json").write_text(json.dumps(told))
+    page = "".join(report._compression(tmp_path, manifest))
+    assert "10 of 40" in page
+    assert "early 21.5" in page
+    names = re.findall(r"group\.\d(?: \(left in float\))?", page)
+    assert names[:3] == ["group.0 (left in float)", "group.1", "group.2"]
+    assert "together give 19.0 dB" in page
