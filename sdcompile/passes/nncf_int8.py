@@ -114,7 +114,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     ignored = qdq.matching(qdq.targets(original.graph), params.ignore)
     if not params.vectors:
         # The exporter writes Gemm for linear layers on (rows, width) alone. On the tiny model, quantizing the time
-        # embedding was most of the late steps' noise (SNR 11 dB without SmoothQuant, 24 dB without these layers).
+        # embedding was most of the noise (SNR 12.3 dB in verification; 21.5 dB without these layers).
         ignored |= {str(node.name) for node in qdq.targets(original.graph) if node.op_type == "Gemm"}
     if not params.attention_products:
         ignored |= qdq.inside_attentions(original.graph)
