@@ -99,6 +99,7 @@ def wanted(plan: Plan, store: Store) -> dict[str, bool]:
     consumed = {name for step in plan for name in step.inputs.values()}
     found: dict[str, bool] = {}
     todo = [step.name for step in plan if step.name not in consumed or step.gives in _JUDGED]
+    todo += plan.goals
     while todo:
         name = todo.pop()
         if name in found or name == SOURCE:

@@ -6,7 +6,7 @@ Pictures are kept in the store under what made them, so that a second evaluation
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from sdcompile.bundle import Manifest
     from sdcompile.console import Observer
+    from sdcompile.plan import Plan
 
 _REVISION = 1
 _STEP = "pipeline.verify.pictures"
@@ -64,7 +65,7 @@ class Reference:
         manifest = self.manifest
         model = Model.from_parts(
             "reference", manifest.family, manifest.facts, manifest.ranges(),
-            self.folders["pipeline.compile.tokenizer"], self.folders["pipeline.compile.samplers"], manifest.defaults,
+            self.folders["pipeline.compile.tokenizer"], self.folders[_tables(self.work.plan)], manifest.defaults,
         )  # fmt: skip
 
         def open_engine(component: str) -> Engine:
@@ -82,7 +83,14 @@ def reference_of(
     """
     recipe = reference_recipe(manifest, source_of(folder, manifest, source))
     work = lay_out(recipe, Path.cwd(), store, offline=offline)
+    goals = [step.name for step in work.plan if step.gives in ("engine", "tokenizer")] + [_tables(work.plan)]
+    work.plan = replace(work.plan.upstream_of(goals), goals=tuple(goals))
     return Reference(work, build(work, "compile", observer), manifest)
+
+
+def _tables(plan: Plan) -> str:
+    """The step that gives the sampler tables: the last one, which may have added fitted ones."""
+    return [step.name for step in plan if step.gives == "tables"][-1]
 
 
 def reference_recipe(manifest: Manifest, source: str) -> Recipe:

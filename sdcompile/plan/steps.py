@@ -53,11 +53,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in an order in which they can run, and what the recipe left to be said."""
+    """The steps in an order in which they can run, and what the recipe left to be said.
+
+    goals   names of steps whose folders are wanted, besides those that nothing else is made from
+    """
 
     recipe: Recipe
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+    goals: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
