@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiny_training import diffusion
@@ -60,12 +61,20 @@ def _save(made: Path, tokenizer, encoder, unet, vae, light) -> None:
     config.pop("torch_dtype", None)
     config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    _prefix(made / "text_encoder" / "model.safetensors")
     for path in made.rglob("*.json"):
         config = json.loads(path.read_text("utf-8"))
         config.pop("_name_or_path", None)
         if path.parent.name == "vae_light":
             config.pop("block_out_channels")  # diffusers 0.42 writes it and then warns of it
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _prefix(path: Path) -> None:
+    """Name the text encoder's weights as every published one does: transformers 4 knows no other names, and 5 both."""
+    weights = load_file(path)
+    named = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in weights.items()}
+    save_file(named, path, metadata={"format": "pt"})
 
 
 def _half(module: torch.nn.Module) -> torch.nn.Module:

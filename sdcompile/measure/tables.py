@@ -13,6 +13,9 @@ Result = Mapping[str, Any]
 
 _GIB = 1 << 30
 
+_ALIKE_DB = 20.0
+"""Two runs of one request agree far better than this in any precision; different requests do not."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -50,13 +53,16 @@ def bench(result: Result) -> list[Table]:
         for row in rows
     )  # fmt: skip
     count = rows[0]["figures"]["image_s"]["n"]
-    notes = (
+    notes: tuple[str, ...] = (
         f"{host['cpu']} ({', '.join(host['features'])}), {settings['threads']} threads, {host['system']}; "
         f"medians of {count} images in {settings['processes']} processes, alternated {settings['alternated']}, "
         "ratios of time per image with 95 % intervals.",
         "; ".join(f"{row['name']}: {row['what']}, {_asked(row)}" for row in rows) + ".",
         f"PSNR of the first picture against {result['reference']}. Energy: {result['energy']}.",
     )
+    others = [row["name"] for row in rows if row["psnr_db"] is not None and row["psnr_db"] < _ALIKE_DB]
+    if others:
+        notes += (f"{', '.join(others)}: below {_ALIKE_DB:g} dB, so another picture; no race is won by it.",)
     tables = [Table("Bench", columns, body, notes), _details(rows), _parts(rows)]
     if result.get("baseline"):
         tables.append(_baseline(result["baseline"]))

@@ -90,6 +90,7 @@ def test_bench_measures_bundles_and_a_peer_in_turns_and_writes_what_it_shows(des
     assert rows["stub"]["psnr_db"] < 30, "and what computes nothing does not"
     assert rows["reference"]["ratio"]["image_s"]["median"] > 1
     assert "diffusers-fp32" in made.stdout
+    assert "stub: below 20 dB" in made.stdout
     assert "| reference |" in (desk.folder / "summary.md").read_text()
 
 

@@ -75,6 +75,12 @@ def test_the_folder_is_small_and_in_half_precision():
         assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == {"F16"}
 
 
+def test_the_text_encoder_s_weights_are_named_as_published_ones_are():
+    raw = (tiny.path() / "text_encoder" / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert all(name.startswith("text_model.") for name in header if name != "__metadata__")
+
+
 def test_the_unet_is_of_sd_s_kind_and_prunable(pipe):
     config = pipe.unet.config
     assert sum("CrossAttn" in name for name in config.down_block_types) >= 2
