@@ -78,7 +78,7 @@ def bench(
     settings = benches.Settings(
         processes, images, threads or machine.threads(), benches.batch_sizes(batch), seed, prompt, memory
     )
-    peers = [name.strip() for name in vs.split(",")] if vs else []
+    peers = list(dict.fromkeys(name.strip() for name in vs.split(","))) if vs else []
     folder = sources.diffusers_folder(bundles[0], source) if peers else None
     with console.progressing(json_mode=json) as say:
         result = benches.bench(bundles, peers, source=folder, ask=ask, settings=settings, say=say)
@@ -147,8 +147,9 @@ def evaluate(
         contenders.Ask(steps, guidance_scale, sampler, height, width), prompts, prompts_file, seed, reference,
         features, real,
     )  # fmt: skip
+    sources = [source] * len(bundles)
     with console.progressing(json_mode=json) as say:
-        result = evaluating.evaluate(bundles, source, asked, Store(store), offline=offline, say=say, output=output)
+        result = evaluating.evaluate(bundles, sources, asked, Store(store), offline=offline, say=say, output=output)
     _tell(result, tables.evaluation(result), None, summary, json)
     evaluating.require(result["bundles"], {"alignment": min_alignment, "psnr_db": min_psnr})
 

@@ -113,7 +113,15 @@ def of_peer(name: str, like: Contender, source: Path | None, scratch: Path) -> C
             + (f"; {source} is none" if source else ""),
             "name it: --source FOLDER",
         )
-    sampler = bundle.read(Path(like.job["bundle"])).samplers[like.job["sampler"]]
+    manifest = bundle.read(Path(like.job["bundle"]))
+    sampler = manifest.samplers[like.job["sampler"]]
+    own = [f"sampler {like.job['sampler']}, which is fitted"] if sampler.fit else []
+    own += [f"{option}, a default of {like.name}" for option in manifest.defaults.options]
+    if own:
+        raise RecipeError(
+            f"{name} does not know {', '.join(own)}: it would answer another request",
+            "measure a bundle without it, or leave --vs out; another sampler: --sampler NAME",
+        )
     row = PEERS[name]
     job = {
         **like.job, "kind": name, "source": str(source.resolve()), "scheduler": sampler.scheduler,

@@ -16,7 +16,7 @@ import numpy as np
 
 from sdcompile import __version__, bundle, metrics
 from sdcompile.console import SayObserver
-from sdcompile.errors import VerifyError
+from sdcompile.errors import RecipeError, VerifyError
 from sdcompile.measure.bench import host
 from sdcompile.measure.contenders import Ask
 from sdcompile.measure.drawing import Request, draw, read_pictures, write_pictures
@@ -60,7 +60,7 @@ class Asked:
 
 def evaluate(
     bundles: Sequence[Path],
-    source: str | None,
+    sources: Sequence[str | None],
     asked: Asked,
     store: Store,
     *,
@@ -70,17 +70,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge `bundles`; with `output`, eval.json and every picture are written there.
 
+    sources: what each was built from, None where its manifest says it.
+
     Raises RecipeError for bad prompts or a source that is not known here, HostError where
     something is missing, BundleError for a damaged bundle.
     """
+    _check(asked)
     features = None
     if asked.features is not None:
         from sdcompile.measure.features import Features
 
         features = Features(asked.features, offline=offline)
     real = None if asked.real is None else read_pictures(asked.real)
-    rows = []
-    for folder in bundles:
+    rows: list[dict[str, Any]] = []
+    for folder, source in zip(bundles, sources, strict=True):
         manifest = bundle.read(folder)
         prompts = prompts_from(asked.prompts_file) or prompts_for(manifest, asked.prompts, asked.seed)
         request = Request.of(manifest.defaults, asked.ask, asked.seed)
@@ -92,13 +95,20 @@ def evaluate(
             pictures = draw(pipeline, prompts, request, named(say, manifest.name))
         row = judge(folder, pictures, prompts, request, reference, features, real)
         if output is not None:
-            row["folder"] = manifest.name
-            write_pictures(output / manifest.name, pictures, reference)
+            # Two bundles of one name (an old and a new build, say) keep their pictures apart.
+            taken = sum(other["name"] == manifest.name for other in rows)
+            row["folder"] = f"{manifest.name}-{taken + 1}" if taken else manifest.name
+            write_pictures(output / row["folder"], pictures, reference)
         rows.append(row)
     found = result(rows)
     if output is not None:
         write_json(output / "eval.json", found)
     return found
+
+
+def _check(asked: Asked) -> None:
+    if asked.real is not None and asked.features is None:
+        raise RecipeError("--real is for FID and KID, which need a vision model", "name one: --features MODEL")
 
 
 def named(say: Say, who: str) -> Say:

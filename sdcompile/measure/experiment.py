@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompile import __version__, run
+from sdcompile import __version__, recipe, run
 from sdcompile.errors import RecipeError, SdcompileError
 from sdcompile.measure import layers
 from sdcompile.measure.bench import Settings, bench
@@ -72,20 +73,14 @@ def measure_layers(
     timing, judging = experiment.bench, experiment.eval
     settings = Settings(timing.processes, timing.images, batches=timing.batch, seed=judging.seed)
     if timing.threads is not None:
-        settings = Settings(timing.processes, timing.images, timing.threads, timing.batch, judging.seed)
+        settings = replace(settings, threads=timing.threads)
     timed = bench(bundles, settings=settings, say=named(say, "bench"))
     prompts_file = None if judging.prompts_file is None else path.parent / judging.prompts_file
     asked = Asked(Ask(), judging.prompts, prompts_file, judging.seed, judging.reference)
-    # The reference of a folder's own source is named by the experiment; others say theirs.
     judged = evaluate(
-        bundles,
-        _source(experiment, planned, path),
-        asked,
-        store,
-        offline=offline,
-        output=folder,
+        bundles, [_source(layer) for layer in planned], asked, store, offline=offline, output=folder,
         say=named(say, "eval"),
-    )
+    )  # fmt: skip
     rows = [
         _row(layer, bundle, seconds, quality)
         for layer, bundle, seconds, quality in zip(
@@ -105,12 +100,9 @@ def measure_layers(
     return result
 
 
-def _source(experiment: layers.Experiment, planned: Sequence[layers.Planned], path: Path) -> str | None:
-    """The source to name where bundles only know a folder's name: as the first layer's recipe says it."""
-    from sdcompile import recipe
-
-    first = recipe.load(planned[0].recipe, planned[0].sets)
-    source = first.source_of()
+def _source(layer: layers.Planned) -> str | None:
+    """The source to name where a bundle only knows a folder's name: as the layer's recipe says it."""
+    source = recipe.load(layer.recipe, layer.sets).source_of()
     return source.name if source.kind == "path" else None
 
 

@@ -30,15 +30,20 @@ def of_bundle(folder: Path, bench: Data | None, evaluation: Path | None, timings
     timings     of one image (see runtime `Output.timings`)
     """
     manifest = bundle.read(folder)
+    digest = bundle.digest(folder)
+    if bench is not None and digest not in [row["digest"] for row in bench["contenders"]]:
+        raise RecipeError(
+            f"the bench result holds no {manifest.name} as it is now", f"sdcompile bench {folder} --output FILE"
+        )
     verification = _json(folder / "reports" / "verify.json")
     judged = None if evaluation is None else _json(evaluation / "eval.json")
     body = [
-        *_head(manifest, bundle.digest(folder)),
+        *_head(manifest, digest),
         html.section("Verification", *_verification(verification)),
         html.section("What passes did", *_compression(folder, manifest)),
         html.section("One image", *_waterfall(timings)),
         html.section("Speed", *_tables(tables.bench(bench) if bench else ())),
-        html.section("Quality", *_quality(judged, evaluation, manifest.name)),
+        html.section("Quality", *_quality(judged, evaluation, manifest.name, digest)),
         html.section("What it is made of", _manifest(manifest)),
     ]
     return html.page(manifest.name, body)
@@ -210,12 +215,14 @@ def _waterfall(timings: Data | None) -> Iterator[str]:
     )
 
 
-def _quality(judged: Data | None, folder: Path | None, name: str) -> Iterator[str]:
+def _quality(judged: Data | None, folder: Path | None, name: str, digest: str) -> Iterator[str]:
     if judged is None or folder is None:
         return
-    rows = [row for row in judged["bundles"] if row["name"] == name]
+    rows = [row for row in judged["bundles"] if row["digest"] == digest]
     if not rows:
-        raise RecipeError(f"{folder} holds no evaluation of {name}", f"sdcompile eval {name}.sdc --output {folder}")
+        raise RecipeError(
+            f"{folder} holds no evaluation of {name} as it is now", f"sdcompile eval {name}.sdc --output {folder}"
+        )
     yield from _tables(tables.evaluation({"bundles": rows})[:1])
     yield from _against_reference(folder / rows[0]["folder"], rows[0], range(min(_ROWS, len(rows[0]["pictures"]))))
     yield "<h2>Worst pictures</h2>"

@@ -122,6 +122,7 @@ def test_a_baseline_of_the_same_passes_and_a_faster_one_fails_with_6(desk):
         (("eval", "stub.sdc", "--no-reference", "--real", "store", "--features", "x"), 2, "no vision model"),
         (("eval", "stub.sdc", "--no-reference", "--prompts", "2", "--min-alignment", "0.9"), 5, "below the floor 0.9"),
         (("eval", "stub.sdc", "--no-reference", "--prompts", "2", "--min-psnr", "9"), 5, "was not measured"),
+        (("eval", "stub.sdc", "--no-reference", "--real", "store"), 2, "--real is for FID and KID"),
         (("experiment", "none.yaml"), 2, "none.yaml"),
     ],
 )
@@ -132,6 +133,49 @@ def test_what_cannot_be_measured_is_refused_in_words(desk, words, code, message)
 def test_a_report_of_nothing_is_refused_in_words(desk):
     (desk.folder / "empty").mkdir(exist_ok=True)
     assert "empty" in desk.run("report", "empty", expect=7).stderr
+
+
+def test_a_report_shows_only_figures_of_the_bundle_as_it_is(desk, tmp_path):
+    desk.run("eval", "stub.sdc", "reference.sdc", "--no-reference", "--prompts", "1", "-o", tmp_path / "both")
+    other = desk.run("bench", "reference.sdc", "--processes", "1", "--images", "1", "-o", tmp_path / "other.json")
+    assert other.returncode == 0
+    desk.run("report", "stub.sdc", "--no-run", "--eval", tmp_path / "both", "-o", tmp_path / "page.html")
+    refused = desk.run("report", "stub.sdc", "--no-run", "--bench", tmp_path / "other.json", expect=2)
+    assert "holds no stub as it is now" in refused.stderr
+    told = json.loads((tmp_path / "both" / "eval.json").read_text())
+    told["bundles"][0]["digest"] = "0" * 64
+    (tmp_path / "both" / "eval.json").write_text(json.dumps(told))
+    refused = desk.run("report", "stub.sdc", "--no-run", "--eval", tmp_path / "both", expect=2)
+    assert "holds no evaluation of stub as it is now" in refused.stderr
+
+
+def test_two_bundles_of_one_name_keep_their_pictures_apart(desk, tmp_path):
+    shutil.copytree(desk.folder / "stub.sdc", tmp_path / "old" / "stub.sdc")
+    words = ("eval", "stub.sdc", tmp_path / "old" / "stub.sdc", "--no-reference", "--prompts", "1")
+    told = desk.event("eval", *words, "-o", tmp_path / "judged")
+    assert [row["folder"] for row in told["bundles"]] == ["stub", "stub-2"]
+    assert (tmp_path / "judged" / "stub-2" / "000.png").is_file()
+
+
+def test_a_peer_is_not_asked_for_what_it_does_not_know(desk, tmp_path):
+    from sdcompile.errors import RecipeError
+    from sdcompile.measure import contenders
+    from sdcompile.models import tiny
+
+    for change, words in (
+        (lambda data: data["samplers"]["ddim"].update(fit={"kept": "fitted"}), "sampler ddim, which is fitted"),
+        (lambda data: data["defaults"].update(options={"guidance_rescale": 0.7}), "guidance_rescale, a default of"),
+    ):
+        folder = tmp_path / f"{words[:7].strip()}.sdc"
+        shutil.copytree(desk.folder / "stub.sdc", folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (like,) = contenders.of_bundles([folder], contenders.Ask(), 1, "auto")
+        with pytest.raises(RecipeError, match=words):
+            contenders.of_peer("diffusers-fp32", like, tiny.path(), tmp_path)
+    (plain,) = contenders.of_bundles([desk.folder / "stub.sdc"], contenders.Ask(), 1, "auto")
+    assert contenders.of_peer("diffusers-fp32", plain, tiny.path(), tmp_path).kind == "diffusers-fp32"
 
 
 def test_eval_of_torch_itself_is_exact_and_of_another_model_is_not(desk):
