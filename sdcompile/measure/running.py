@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdcompile import machine
+from sdcompile import errors, machine
 from sdcompile.errors import StageError
 from sdcompile.measure import energy
 from sdcompile.measure.contenders import Contender
@@ -65,7 +65,11 @@ class Running:
         return self.tell(self.contender.job)
 
     def tell(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """One order, one answer. Raises StageError, with the worker's own words, when it failed."""
+        """One order, one answer.
+
+        Raises what the worker raised where that is a fault of `errors`; StageError, with the worker's own words,
+        when it failed otherwise.
+        """
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         try:
@@ -75,6 +79,9 @@ class Running:
             pass  # it died, and the missing answer says so
         line = self._child.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if fault := answer.get("fault"):
+            kind, message, hint = fault
+            raise getattr(errors, kind)(f"{self.contender.name}: {message}", hint)
         if "error" in answer:
             raise StageError(f"{self.contender.name} failed: {answer['error']}", answer.get("traceback", ""))
         return answer

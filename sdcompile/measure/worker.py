@@ -194,8 +194,10 @@ def main() -> None:
             answer(**image(draw, json.loads(line)))
     # Whatever it is, the other side shows it: a contender that fails must not look like a slow one.
     except Exception as error:
-        told = f"{getattr(error, 'message', '') or error}".strip()
-        answer(error=f"{type(error).__name__}: {told}", traceback=traceback.format_exc())
+        # A fault of ours explains itself and goes on as it is; of anything else the traceback says where it came up.
+        ours = type(error).__module__ == "sdcompile.errors"
+        fault = [type(error).__name__, error.message, error.hint] if ours else None  # type: ignore[attr-defined]
+        answer(error=f"{type(error).__name__}: {error}".strip(), fault=fault, traceback=traceback.format_exc())
         sys.exit(1)
 
 

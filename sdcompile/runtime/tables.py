@@ -134,7 +134,10 @@ def load(folder: Path, name: str, num_inference_steps: int) -> Table:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if int(archive["format"]) != FORMAT:
-                raise BundleError(f"{path} has table format {int(archive['format'])}; this sdcompile reads {FORMAT}")
+                raise BundleError(
+                    f"{path} has table format {int(archive['format'])}; this sdcompile reads {FORMAT}",
+                    "rebuild the bundle with this version, or use the version that made it",
+                )
             steps = archive["steps"]
             where = np.flatnonzero(steps == num_inference_steps)
             if not where.size:

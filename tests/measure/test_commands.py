@@ -117,7 +117,7 @@ def test_a_baseline_of_the_same_passes_and_a_faster_one_fails_with_6(desk):
         (("bench", "stub.sdc", "--batch", "0"), 2, "not a list of batch sizes"),
         (("bench", "stub.sdc", "--sampler", "unipc"), 2, "has no sampler unipc"),
         (("bench", "nowhere.sdc"), 7, "nowhere.sdc"),
-        (("bench", "stub.sdc", "--steps", "40", "--processes", "1"), 4, "compiled for 1-3 steps"),
+        (("bench", "stub.sdc", "--steps", "40", "--processes", "1"), 2, "compiled for 1-3 steps"),
         (("eval", "stub.sdc", "--no-reference", "--prompts-file", "none.txt"), 2, "none.txt cannot be read"),
         (("eval", "stub.sdc", "--no-reference", "--real", "store", "--features", "x"), 2, "no vision model"),
         (("eval", "stub.sdc", "--no-reference", "--prompts", "2", "--min-alignment", "0.9"), 5, "below the floor 0.9"),
@@ -128,6 +128,14 @@ def test_a_baseline_of_the_same_passes_and_a_faster_one_fails_with_6(desk):
 )
 def test_what_cannot_be_measured_is_refused_in_words(desk, words, code, message):
     assert message in desk.event("error", *words, expect=code)["message"]
+
+
+def test_a_damaged_bundle_is_told_as_one_although_another_process_met_it(desk):
+    shutil.copytree(desk.folder / "stub.sdc", desk.folder / "damaged.sdc")
+    (desk.folder / "damaged.sdc" / "samplers" / "ddim.npz").write_bytes(b"not an archive")
+    error = desk.event("error", "bench", "damaged.sdc", "--processes", "1", "--images", "1", expect=7)
+    assert "ddim.npz" in error["message"]
+    assert "Traceback" not in error["message"] + error["hint"]
 
 
 def test_a_report_of_nothing_is_refused_in_words(desk):
