@@ -5,11 +5,13 @@ The reference is made as a build makes it; the bundle is only read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompile import bundle
 from sdcompile.errors import RecipeError, StageError
+from sdcompile.families import FAMILIES
 from sdcompile.files import size_bytes
 from sdcompile.recipe import Recipe, known_names
 from sdcompile.run import build, lay_out
@@ -21,22 +23,44 @@ if TYPE_CHECKING:
     from sdcompile.store import Store
 
 
-def source_of(folder: Path, manifest: Manifest, named: str | None) -> str:
-    """The source a bundle can be compared with: `named`, or what its manifest says.
+def sources_of(folder: Path, manifest: Manifest, named: Sequence[str]) -> dict[str, str]:
+    """The sources a bundle can be compared with: of the model ("source"), and of every component that has its own.
 
-    Raises RecipeError when only the builder of the bundle has its source.
+    They are those of the manifest, but for what `named` says: SOURCE, or COMPONENT=SOURCE. Raises
+    RecipeError for a component that has none, or when only the builder of the bundle has one of them.
     """
-    source: str = named or manifest.recipe["source"]
-    if source.startswith(("folder:", "file:")):
-        raise RecipeError(f"{folder} was built from {source}, which only its builder has", "name it: --source FOLDER")
-    return source
+    recipe = manifest.recipe
+    found = {name: row["source"] for name, row in recipe.get("components", {}).items() if row.get("source")}
+    found["source"] = recipe["source"]
+    for text in named:
+        name, equals, value = text.partition("=")
+        name, value = (name, value) if equals and name in FAMILIES[manifest.family].folders else ("source", text)
+        if name not in found:
+            raise RecipeError(f"--source {text}: {name} of {folder} has no source of its own", "leave it out")
+        found[name] = value
+    for name, source in found.items():
+        if source.startswith(("folder:", "file:")):
+            what, how = (folder, "FOLDER") if name == "source" else (f"{name} of {folder}", f"{name}=FOLDER")
+            raise RecipeError(f"{what} was built from {source}, which only its builder has", f"name it: --source {how}")
+    return found
+
+
+def recipe_of(folder: Path, manifest: Manifest, named: Sequence[str]) -> dict[str, Any]:
+    """The recipe of a bundle, as data, with sources that are found from here. Raises as `sources_of` does."""
+    found = sources_of(folder, manifest, named)
+    components = {
+        name: {**row, "source": found[name]} if name in found else row
+        for name, row in manifest.recipe.get("components", {}).items()
+    }
+    return {**manifest.recipe, "source": found["source"], "components": components}
 
 
 def verify_bundle(
-    folder: Path, source: str | None, store: Store, observer: Observer, *, offline: bool
+    folder: Path, source: Sequence[str], store: Store, observer: Observer, *, offline: bool
 ) -> dict[str, Any]:
-    """Compare a finished bundle's engines with `source` again, on this machine.
+    """Compare a finished bundle's engines with their source again, on this machine.
 
+    source: what was named of it (see `sources_of`).
     The reference recordings come from the store or are made; the bundle is only read. Raises
     VerifyError when a floor is missed, HostError when one of its engines cannot run here.
     """
@@ -46,8 +70,7 @@ def verify_bundle(
     manifest = bundle.read(folder)
     bundle.check(folder, manifest)
     require_backends(folder, manifest, tuple(manifest.components))
-    source = source_of(folder, manifest, source)
-    recipe = Recipe.model_validate({**manifest.recipe, "source": source}, context=known_names())
+    recipe = Recipe.model_validate(recipe_of(folder, manifest, source), context=known_names())
     work = lay_out(recipe, Path.cwd(), store, offline=offline)
     plan = work.plan.until("verify")
     records = [step.name for step in plan if step.op == "record"]

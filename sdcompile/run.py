@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -72,22 +72,37 @@ def prepare(path: Path, sets: tuple[str, ...], store: Store, *, offline: bool) -
 
 def lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build:
     """Describe the source of `recipe`, whose relative paths start at `base`, and plan every step."""
-    from sdcompile.steps import fetch
+    from sdcompile.steps import component, fetch
 
     family = FAMILIES[recipe.family]
-    components = recipe.wanted(family.required)
-    try:
-        source = fetch.describe(
-            recipe.source,
-            base=base,
-            source_config=recipe.source_config,
-            folders=tuple(dict.fromkeys(family.folders[name] for name in components)),
-            offline=offline,
-            hash_file=store.hash_file,
-        )
-    except RecipeError as error:
-        where = recipe.where("source")
-        raise RecipeError(f"{where}: {error.message}" if where else error.message, error.hint) from error
+    folders = tuple(dict.fromkeys(family.folders[name] for name in recipe.wanted(family.required)))
+    faults: list[RecipeError] = []
+
+    def described(field: str, describe: Callable[[], Source]) -> Source | None:
+        try:
+            return describe()
+        except RecipeError as error:
+            what = error.message if field == "source" else f"{field}: {error.message}"
+            where = recipe.where(field)
+            faults.append(RecipeError(f"{where}: {what}" if where else what, error.hint))
+            return None
+
+    source = described("source", lambda: fetch.describe(
+        recipe.source, base=base, source_config=recipe.source_config, folders=folders, offline=offline,
+        hash_file=store.hash_file,
+    ))  # fmt: skip
+    parts: dict[str, Source] = {}
+    for name, text in recipe.component_sources.items():
+        field = f"components.{name}.source"
+        part = described(field, partial(
+            component.describe, text, name, base=recipe.base(field), offline=offline, hash_file=store.hash_file,
+        ))  # fmt: skip
+        if part is not None:
+            parts[name] = part
+    if source is None or faults:
+        hints = dict.fromkeys(fault.hint for fault in faults if fault.hint)
+        raise RecipeError("\n".join(fault.message for fault in faults), "\n".join(hints))
+    source = source.with_parts(parts) if parts else source
     return Build(recipe, source, store, resolve(recipe, source, this_machine()))
 
 

@@ -2,7 +2,9 @@
 
     samples.json                     samples and trajectories: what each one is (prompt, step, shape, ...)
     <component>/<id>.safetensors     "in.sample", "in.timestep", ..., "out.out_sample" of one call
-    images.safetensors               "00.latents" (unit noise), "00.final" (latents), "00.images" (B, H, W, 3)
+    images.safetensors               "00.latents" (unit noise), "00.final" (latents), "00.images" (B, H, W, 3);
+                                     "00.source_images": what the source's own decoder makes of the same
+                                     final latents, where another one is built
 
 The record and calibrate steps write it; verification and passes read it. One file a call, so that
 writing and reading hold a single one in memory. It knows files and arrays only.
@@ -117,14 +119,15 @@ def trajectories(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_images(folder: Path, images: Mapping[str, Arrays]) -> None:
-    """images: trajectory -> {"latents", "final", "images"}."""
+    """images: trajectory -> {"latents", "final", "images"} (and "source_images")."""
     _save({f"{t}.{k}": a for t, group in images.items() for k, a in group.items()}, folder / f"{IMAGES}.safetensors")
 
 
 def image_arrays(folder: Path, trajectory: str) -> dict[str, NDArray[Any]]:
-    """{"latents", "final", "images"} of one trajectory."""
+    """{"latents", "final", "images"} of one trajectory, and "source_images" where they were recorded."""
     with safe_open(folder / f"{IMAGES}.safetensors", framework="np") as file:
-        return {k: file.get_tensor(f"{trajectory}.{k}") for k in ("latents", "final", "images")}
+        names = {name for name in file.keys() if name.startswith(f"{trajectory}.")}  # noqa: SIM118 - no mapping
+        return {name.removeprefix(f"{trajectory}."): file.get_tensor(name) for name in sorted(names)}
 
 
 def _save(arrays: Arrays, path: Path) -> None:

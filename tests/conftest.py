@@ -46,6 +46,10 @@ class FakeSource:
     configs: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(SD15))
     notes: tuple[str, ...] = ()
     weights: str = "w"
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def kind_of(self, folder: str) -> str:
+        return self.parts[folder].kind if folder in self.parts else self.kind
 
     @property
     def files(self) -> dict[str, FakeFile]:

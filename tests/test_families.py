@@ -75,6 +75,37 @@ def test_the_scaling_factor_comes_from_the_config():
     assert FAMILY.facts(configs())["scaling_factor"] == 0.18215
 
 
+TAESD = {
+    "_class_name": "AutoencoderTiny", "latent_channels": 4, "out_channels": 3, "num_decoder_blocks": [3, 3, 3, 1],
+}  # fmt: skip
+
+
+def test_a_decoder_of_another_source_has_a_scale_of_its_own():
+    with_taesd = {**configs(vae__scaling_factor=0.2), "vae_decoder": TAESD}
+    assert FAMILY.facts(with_taesd)["decoder"] == {"scaling_factor": 1.0, "shift_factor": 0.0}
+    assert FAMILY.facts(with_taesd)["scaling_factor"] == 0.2, "latents stay those of the model's own VAE"
+    assert "decoder" not in FAMILY.facts(configs())
+    other = {**configs(), "vae_decoder": {**CONFIGS["vae"], "scaling_factor": 0.5}}
+    assert FAMILY.facts(other)["decoder"]["scaling_factor"] == 0.5
+    assert FAMILY.replaceable["vae_decoder"](with_taesd) == []
+    assert FAMILY.replaceable["vae_decoder"](other) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latent_channels": 16}, ["it has 16 latent channels, where this model has 4"]),
+        ({"num_decoder_blocks": [3, 1]}, ["it has 2 pixels a latent along each side, where this model has 8"]),
+        ({"out_channels": 4, "latent_channels": 1}, ["it has 1 latent channels", "it has 4 channels of a picture"]),
+        ({"_class_name": "AutoencoderDC"}, ["it holds a AutoencoderDC; a decoder is an AutoencoderKL or an"]),
+    ],
+)
+def test_a_decoder_of_another_shape_is_refused(changes, words):
+    faults = FAMILY.replaceable["vae_decoder"]({**configs(), "vae_decoder": {**TAESD, **changes}})
+    assert len(faults) == len(words)
+    assert all(word in fault for word, fault in zip(words, faults, strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

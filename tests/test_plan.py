@@ -243,3 +243,38 @@ def test_a_gpu_moves_the_keys_of_reports_and_not_of_engines_built_ahead_of_time(
     assert {"unet.verify.engine", "pipeline.verify.images"} <= changed
     assert "unet.compile.tensorrt_rtx" not in changed
     assert "unet.verify.engine" in moved(plan(*RTX, on=ada), plan(*RTX, on=other))
+
+
+def with_decoder(source, **config):
+    """`source` with a decoder of another one."""
+    taesd = {"_class_name": "AutoencoderTiny", "num_decoder_blocks": [3, 3, 3, 1], **config}
+    part = replace(source, id="folder:taesd", configs={"vae_decoder": taesd}, weights="light")
+    return replace(source, configs={**source.configs, **part.configs}, parts={"vae_decoder": part})
+
+
+LIGHT = "components.vae_decoder.source=./taesd"
+
+
+def test_another_decoder_moves_what_is_made_of_it_and_the_recording_and_nothing_else(plan, source):
+    before, after = plan(), plan(LIGHT, of=with_decoder(source))
+    assert moved(before, after) == {
+        "vae_decoder.fetch.checkpoint", "vae_decoder.export.onnx", "vae_decoder.compile.openvino",
+        "vae_decoder.verify.engine", "text_encoder.verify.engine", "unet.verify.engine", "pipeline.verify.record",
+        "pipeline.verify.images", "pipeline.package.bundle",
+    }  # fmt: skip
+    assert after["vae_decoder.export.onnx"].inputs == {"checkpoint": "vae_decoder.fetch.checkpoint"}
+    assert set(after["pipeline.verify.record"].inputs) >= {"vae", "vae_decoder"}, "to be compared with the model's own"
+
+
+def test_the_manifest_is_told_of_a_decoders_source_and_of_no_path(plan, source):
+    told = plan(LIGHT, of=with_decoder(source))["pipeline.package.bundle"].job.params
+    assert told["recipe"]["components"]["vae_decoder"]["source"] == "folder:taesd"
+    assert told["source"]["components"]["vae_decoder"]["id"] == "folder:taesd"
+    assert "components" not in plan()["pipeline.package.bundle"].job.params["source"]
+
+
+def test_a_decoder_that_does_not_fit_the_model_is_refused_at_its_field(plan, source):
+    with pytest.raises(RecipeError) as caught:
+        plan(LIGHT, "shapes.width=500", of=with_decoder(source, latent_channels=16))
+    assert f"--set {LIGHT}: components.vae_decoder.source: it has 16 latent channels" in caught.value.message
+    assert "shapes.width" in caught.value.message

@@ -22,7 +22,7 @@ class Options(BaseModel):
 
 
 KNOWN = Known(
-    {"sd": {"text_encoder": ("clip_skip",), "unet": (), "vae_decoder": (), "vae_encoder": ()}},
+    {"sd": {"text_encoder": ("clip_skip",), "unet": (), "vae_decoder": ("source",), "vae_encoder": ()}},
     {"stub": Options, "openvino": None, "reference": None},
     ("ddim", "euler", "dpmpp_2m", "lcm"),
 )
@@ -170,6 +170,18 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
             "components: {unet: {clip_skip: 1}}",
             "components.unet.clip_skip: unet has no clip_skip; it belongs to text_enc",
         ),
+        (
+            "components: {unet: {source: builtin:tiny/unet}}",
+            "components.unet.source: unet has no source of its own; it belongs to vae_decoder",
+        ),
+        (
+            "components: {vae_decoder: {source: builtin:tiny}}",
+            "components.vae_decoder.source: 'builtin:tiny': expected",
+        ),
+        ("components: {vae_decoder: {source: hf://org}}", "components.vae_decoder.source: 'hf://org': expected hf://"),
+        ("components: {vae_decoder: {source: hf://o/n/../x}}", "components.vae_decoder.source: 'hf://o/n/../x': expec"),
+        ("components: {vae_decoder: {source: a.safetensors}}", "components.vae_decoder.source: 'a.safetensors' is a f"),
+        ("components: {vae_decoder: {source: http://x/y}}", "components.vae_decoder.source: 'http://x/y': expected bu"),
         ("components: {text_encoder: {clip_skip: -1}}", "components.text_encoder.clip_skip: -1 is out of range"),
         ("build: {thread: 2}", "build.thread: unknown field 'thread', did you mean 'threads'?"),
         ("build: {threads: many}", "build.threads: input should be a valid integer"),
@@ -431,6 +443,14 @@ def test_faults_of_the_file_and_of_set_come_together(tmp_path: Path) -> None:
 )
 def test_sources_are_taken_apart(tmp_path: Path, source: str, parts: tuple[str, str, str | None]) -> None:
     assert read(tmp_path, GOOD, f"source={source}").source_of() == parts
+
+
+@pytest.mark.parametrize(
+    "source", ["builtin:tiny/vae_light", "hf://o/n@main", "hf://o/n/vae/x@1.0", "../taesd", "/a/b"]
+)
+def test_a_decoder_may_have_a_source_of_its_own(tmp_path: Path, source: str) -> None:
+    recipe = read(tmp_path, GOOD, f"components.vae_decoder.source={source}")
+    assert recipe.component_sources == {"vae_decoder": source}
 
 
 def test_a_relative_source_starts_at_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

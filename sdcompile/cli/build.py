@@ -89,7 +89,12 @@ def verify(
         Path, typer.Argument(metavar="RECIPE|BUNDLE", help="A recipe to build and verify, or a bundle to verify again.")
     ],
     source: Annotated[
-        str | None, typer.Option("--source", help="For a bundle: the source model to compare with.", metavar="SOURCE")
+        list[str] | None,
+        typer.Option(
+            "--source",
+            help="For a bundle: the source model to compare with; COMPONENT=SOURCE: of a component that has its own.",
+            metavar="SOURCE",
+        ),
     ] = None,
     store: StorePath = STORE,
     set_: Sets = None,
@@ -122,4 +127,6 @@ def verify(
     from sdcompile.store import Store
 
     observer = console.observer(json_mode=json)
-    console.show_result(recheck.verify_bundle(target, source, Store(store), observer, offline=offline), json_mode=json)
+    console.show_result(
+        recheck.verify_bundle(target, source or (), Store(store), observer, offline=offline), json_mode=json
+    )

@@ -10,7 +10,14 @@ import typer
 from sdcompile.cli.words import STORE, Force, Json, Offline, StorePath, app, reported
 
 Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="One or more bundle folders.")]
-Source = Annotated[str | None, typer.Option("--source", help="The model the bundle was built from.", metavar="SOURCE")]
+Source = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source",
+        help="The model the bundle was built from; COMPONENT=SOURCE: of a component that has its own.",
+        metavar="SOURCE",
+    ),
+]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads per process.", min=1)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of prompts and noise.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.", min=1)]
@@ -79,9 +86,9 @@ def bench(
         processes, images, threads or machine.threads(), benches.batch_sizes(batch), seed, prompt, memory
     )
     peers = list(dict.fromkeys(name.strip() for name in vs.split(","))) if vs else []
-    folder = sources.diffusers_folder(bundles[0], source) if peers else None
+    model = sources.folders(bundles[0], source or ()) if peers else {}
     with console.progressing(json_mode=json) as say:
-        result = benches.bench(bundles, peers, source=folder, ask=ask, settings=settings, say=say)
+        result = benches.bench(bundles, peers, model=model, ask=ask, settings=settings, say=say)
     if old is not None:
         result["baseline"] = baselines.compare(result, old, allowed)
     _tell(result, tables.bench(result), output, summary, json)
@@ -147,7 +154,7 @@ def evaluate(
         contenders.Ask(steps, guidance_scale, sampler, height, width), prompts, prompts_file, seed, reference,
         features, real,
     )  # fmt: skip
-    sources = [source] * len(bundles)
+    sources = [source or ()] * len(bundles)
     with console.progressing(json_mode=json) as say:
         result = evaluating.evaluate(bundles, sources, asked, Store(store), offline=offline, say=say, output=output)
     _tell(result, tables.evaluation(result), None, summary, json)

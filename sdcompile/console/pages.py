@@ -114,6 +114,7 @@ def result(facts: Facts) -> Iterator[Any]:
         yield _figures(facts["reports"])
     if facts.get("effects"):
         yield from effects(facts["effects"])
+    yield from _own_decoder(facts["reports"].get("pipeline", {}))
     for component, text in facts["fallbacks"].items():
         yield Text(f"{component}: {text}", style="yellow")
     if facts["bundle"]:
@@ -178,9 +179,21 @@ def manifest(facts: Facts) -> Iterator[Any]:
     changed = {n: {"passes": e.get("effects", ()), "race": e.get("race")} for n, e in data["components"].items()}
     if any(row["passes"] or row["race"] for row in changed.values()):
         yield from effects(changed)
+    for name, part in source.get("components", {}).items():
+        yield f"{name}: made of {part['id']} (licence: {part['licence'] or 'not stated'}), not of the model's own"
+    yield from _own_decoder(data["verification"].get("images", {}))
     for name, entry in data["components"].items():
         for text in entry["notes"]:
             yield Text(f"{name}: {text}", style="yellow")
+
+
+def _own_decoder(report: Facts) -> Iterator[str]:
+    """How far the pictures of another decoder are from those of the model's own."""
+    if found := report.get("own_decoder"):
+        yield (
+            f"its decoder's pictures to those of the model's own decoder, from the same latents: "
+            f"PSNR {found['mean_psnr_db']:.1f} dB, the least {found['min_psnr_db']:.1f} dB"
+        )
 
 
 def effects(components: Mapping[str, Facts]) -> Iterator[Any]:

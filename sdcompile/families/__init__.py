@@ -7,7 +7,7 @@ is plain Python and numpy and is shared with the runtime; the torch half is impo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Configs = Mapping[str, Mapping[str, Any]]
-"""The source's JSON files by folder: model_index, unet, vae, text_encoder, tokenizer, scheduler."""
+"""The source's JSON files by folder: model_index, unet, vae, text_encoder, tokenizer, scheduler; and by
+component, where a component comes from a source of its own."""
 
 ShapeRequest = Mapping[str, tuple[int, int, int] | None]
 """(min, opt, max) as a recipe states it for batch, height, width and tokens; None = the model's own."""
@@ -33,6 +34,7 @@ class Family:
     folders            component -> folder of the source that holds its weights
     required           components every text-to-image bundle needs
     denoiser           the component called once per sampling step
+    replaceable        component that may come from a source of its own -> configs -> why that one does not fit
     components         configs -> component -> ComponentSpec (checks the configs; RecipeError)
     shapes             (request, configs) -> Range per shape letter (RecipeError when illegal)
     facts              configs -> JSON-able facts the runtime needs (latents, tokens, guidance)
@@ -47,6 +49,7 @@ class Family:
     folders: Mapping[str, str]
     required: tuple[str, ...]
     denoiser: str
+    replaceable: Mapping[str, Callable[[Configs], list[str]]]
     components: Callable[[Configs], dict[str, ComponentSpec]]
     shapes: Callable[[ShapeRequest, Configs], Shapes]
     facts: Callable[[Configs], dict[str, Any]]
@@ -54,6 +57,14 @@ class Family:
     params: Mapping[str, tuple[str, ...]]
     embed: Callable[[Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]], np.ndarray], dict[str, np.ndarray]]
     guidance_feeds: Callable[[Mapping[str, Any], float, int], dict[str, np.ndarray]]
+
+    def folder(self, component: str, there: Container[str]) -> str:
+        """The folder, of those that are `there`, that holds `component`: one of its own name comes first."""
+        return component if component in there else self.folders[component]
+
+    def fields(self, component: str) -> tuple[str, ...]:
+        """Recipe fields that `component` understands, of those that not every component does."""
+        return (*self.params.get(component, ()), *(("source",) if component in self.replaceable else ()))
 
 
 def _record(module: Any) -> Family:

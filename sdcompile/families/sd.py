@@ -108,13 +108,39 @@ def _check(configs: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
+_DECODERS = {"AutoencoderKL": 0.18215, "AutoencoderTiny": 1.0}
+"""Class of a decoder -> the scaling_factor that diffusers registers for configs without the field."""
+
+
+def _faults_of_decoder(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Why the decoder of `configs["vae_decoder"]` cannot stand in for the VAE's own.
+
+    It must turn the same latents into pictures of the same size; that its latents mean the same, only
+    its pictures can tell.
+    """
+    decoder, vae = configs["vae_decoder"], configs["vae"]
+    found = decoder.get("_class_name")
+    if found not in _DECODERS:
+        return [f"it holds a {found}; a decoder is an {' or an '.join(_DECODERS)}"]
+    pairs = (
+        ("latent channels", decoder.get("latent_channels", 4), vae.get("latent_channels", 4)),
+        ("pixels a latent along each side", _factor(decoder), _factor(vae)),
+        ("channels of a picture", decoder.get("out_channels", 3), vae.get("out_channels", 3)),
+    )
+    return [f"it has {has} {what}, where this model has {wants}" for what, has, wants in pairs if has != wants]
+
+
+replaceable = {"vae_decoder": _faults_of_decoder}
+
+
 def facts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the runtime must know of the model, as JSON.
 
-    A missing `scaling_factor` or `shift_factor` takes the default that diffusers' AutoencoderKL
-    registers for configs older than the field (0.18215 and none).
+    A missing `scaling_factor` or `shift_factor` takes the default that diffusers registers for configs
+    older than the field (for AutoencoderKL 0.18215 and none). `decoder` has both of a decoder from a
+    source of its own: TAESD's format, for one, takes latents as the denoiser leaves them.
     """
-    unet, vae = configs["unet"], configs["vae"]
+    unet, vae, decoder = configs["unet"], configs["vae"], configs.get("vae_decoder")
     factor, multiple = vae_factor(configs), denoiser_multiple(configs)
     tokens = configs["text_encoder"].get("max_position_embeddings", 77)
     return {
@@ -122,17 +148,30 @@ def facts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "vae_scale_factor": factor,
         "multiples": {"h": multiple, "w": multiple, "H": factor * multiple, "W": factor * multiple, "T": tokens},
         "size_multiple": factor * multiple,
-        "scaling_factor": vae.get("scaling_factor", 0.18215),
-        "shift_factor": vae.get("shift_factor") or 0.0,
+        **_scale(vae),
+        **({} if decoder is None else {"decoder": _scale(decoder)}),
         "tokens": tokens,
         "prediction_type": configs["scheduler"].get("prediction_type", "epsilon"),
         "time_cond_proj_dim": unet.get("time_cond_proj_dim"),
     }
 
 
+def _scale(vae: Mapping[str, Any]) -> dict[str, float]:
+    default = _DECODERS.get(vae.get("_class_name", ""), _DECODERS["AutoencoderKL"])
+    return {"scaling_factor": vae.get("scaling_factor", default), "shift_factor": vae.get("shift_factor") or 0.0}
+
+
 def vae_factor(configs: Mapping[str, Mapping[str, Any]]) -> int:
-    """Pixels per latent along one side: each VAE level but the last halves the picture."""
-    return 2 ** (len(configs["vae"].get("block_out_channels", (0,))) - 1)
+    """Pixels per latent along one side."""
+    return _factor(configs["vae"])
+
+
+def _factor(vae: Mapping[str, Any]) -> int:
+    """Each level of a VAE but the last halves the picture (AutoencoderTiny says by how much)."""
+    if vae.get("_class_name") == "AutoencoderTiny":
+        levels = len(vae.get("num_decoder_blocks", (3, 3, 3, 1)))
+        return int(vae.get("upsampling_scaling_factor", 2)) ** (levels - 1)
+    return 2 ** (len(vae.get("block_out_channels", (0,))) - 1)
 
 
 def denoiser_multiple(configs: Mapping[str, Mapping[str, Any]]) -> int:

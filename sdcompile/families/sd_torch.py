@@ -5,12 +5,13 @@ Imported only by `families.sd.load_module`, so that the runtime never meets torc
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -71,6 +72,17 @@ class VaeDecoder(nn.Module):
         return self.decoder(latent_sample)
 
 
+class TinyDecoder(nn.Module):
+    """latent_sample (B, C, h, w), unscaled by its own factor (usually 1) -> pixels (B, 3, H, W) in [-1, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.decoder(latent_sample)
+
+
 class VaeEncoder(nn.Module):
     """sample (B, 3, H, W) in [-1, 1] -> mean and log-variance of the latents, (B, 2C, h, w)."""
 
@@ -109,16 +121,25 @@ def _unet(folder: Path, params: Mapping[str, Any]) -> nn.Module:
     return Denoiser(_model(UNet2DConditionModel, folder))
 
 
-def _vae(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[Path, Mapping[str, Any]], nn.Module]:
-    def load(folder: Path, params: Mapping[str, Any]) -> nn.Module:
-        return wrap(_model(AutoencoderKL, folder))
+_DECODERS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
+    "AutoencoderKL": (AutoencoderKL, VaeDecoder),
+    "AutoencoderTiny": (AutoencoderTiny, TinyDecoder),
+}
 
-    return load
+
+def _vae_decoder(folder: Path, params: Mapping[str, Any]) -> nn.Module:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind, wrap = _DECODERS[config.get("_class_name", "AutoencoderKL")]
+    return wrap(_model(kind, folder))
+
+
+def _vae_encoder(folder: Path, params: Mapping[str, Any]) -> nn.Module:
+    return VaeEncoder(_model(AutoencoderKL, folder))
 
 
 LOADERS: dict[str, Callable[[Path, Mapping[str, Any]], nn.Module]] = {
     "text_encoder": _text_encoder,
     "unet": _unet,
-    "vae_decoder": _vae(VaeDecoder),
-    "vae_encoder": _vae(VaeEncoder),
+    "vae_decoder": _vae_decoder,
+    "vae_encoder": _vae_encoder,
 }

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -84,12 +85,12 @@ def bench(
     bundles: Sequence[Path],
     peers: Sequence[str] = (),
     *,
-    source: Path | None = None,
+    model: Mapping[str, Path] = MappingProxyType({}),
     ask: Ask | None = None,
     settings: Settings | None = None,
     say: Say = say_nothing,
 ) -> dict[str, Any]:
-    """Measure `bundles`, and `peers` on the weights in the diffusers folder `source`, as the first bundle is asked.
+    """Measure `bundles`, and `peers` on the same `model` (see `sources.folders`), as the first bundle is asked.
 
     Returns plain JSON data: host, settings, and per contender its figures, memory, energy, ratio to
     the first one and agreement of the pictures. Raises RecipeError for what cannot be compared,
@@ -99,7 +100,7 @@ def bench(
     meter = energy.meter()
     with tempfile.TemporaryDirectory(prefix="sdcompile-bench-") as scratch:
         contenders = of_bundles(bundles, ask or Ask(), settings.threads, settings.memory)
-        contenders += [of_peer(name, contenders[0], source, Path(scratch)) for name in peers]
+        contenders += [of_peer(name, contenders[0], model, Path(scratch)) for name in peers]
         prompts = [settings.prompt] if settings.prompt else _prompts(bundles[0], settings)
         records = {contender.name: _Record() for contender in contenders}
         _export_all(contenders, records, say)

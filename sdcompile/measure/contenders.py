@@ -99,14 +99,17 @@ def _of_bundle(path: Path, name: str, ask: Ask, threads: int, memory: str) -> Co
     )  # fmt: skip
 
 
-def of_peer(name: str, like: Contender, source: Path | None, scratch: Path) -> Contender:
-    """The peer `name`, asked what the bundle `like` is asked, on the diffusers folder `source`.
+def of_peer(name: str, like: Contender, model: Mapping[str, Path], scratch: Path) -> Contender:
+    """The peer `name`, asked what the bundle `like` is asked, on the same model.
+
+    model: "source" -> its diffusers folder, and component -> the folder of its own source, where it has one.
 
     Raises RecipeError for an unknown peer or a source that is no such folder, HostError where the
     peer is not installed.
     """
     if name not in PEERS:
         raise RecipeError(f"--vs {name}: no such peer", f"there are: {', '.join(PEERS)}")
+    source = model.get("source")
     if source is None or not (source / "model_index.json").is_file():
         raise RecipeError(
             f"{name} needs the diffusers folder that {like.name} was built from"
@@ -117,15 +120,19 @@ def of_peer(name: str, like: Contender, source: Path | None, scratch: Path) -> C
     sampler = manifest.samplers[like.job["sampler"]]
     own = [f"sampler {like.job['sampler']}, which is fitted"] if sampler.fit else []
     own += [f"{option}, a default of {like.name}" for option in manifest.defaults.options]
+    row = PEERS[name]
+    decoder = model.get("vae_decoder")
+    if decoder is not None and row.export:
+        own.append(f"the decoder {like.name} was built with, {decoder.name}")
     if own:
         raise RecipeError(
             f"{name} does not know {', '.join(own)}: it would answer another request",
             "measure a bundle without it, or leave --vs out; another sampler: --sampler NAME",
         )
-    row = PEERS[name]
     job = {
         **like.job, "kind": name, "source": str(source.resolve()), "scheduler": sampler.scheduler,
         "scheduler_config": sampler.config, "exported": str(scratch / row.export) if row.export else None,
+        "decoder": str(decoder.resolve()) if decoder else None,
     }  # fmt: skip
     weights = sum(path.stat().st_size for path in source.glob("*/*.safetensors"))
     return Contender(name, name, job, like.latent, python_of(name), weights)

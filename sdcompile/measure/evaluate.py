@@ -60,7 +60,7 @@ class Asked:
 
 def evaluate(
     bundles: Sequence[Path],
-    sources: Sequence[str | None],
+    sources: Sequence[Sequence[str]],
     asked: Asked,
     store: Store,
     *,
@@ -70,7 +70,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge `bundles`; with `output`, eval.json and every picture are written there.
 
-    sources: what each was built from, None where its manifest says it.
+    sources: what was named of the source of each (see `recheck.sources_of`).
 
     Raises RecipeError for bad prompts or a source that is not known here, HostError where
     something is missing, BundleError for a damaged bundle.

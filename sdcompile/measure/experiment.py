@@ -78,7 +78,7 @@ def measure_layers(
     prompts_file = None if judging.prompts_file is None else path.parent / judging.prompts_file
     asked = Asked(Ask(), judging.prompts, prompts_file, judging.seed, judging.reference)
     judged = evaluate(
-        bundles, [_source(layer) for layer in planned], asked, store, offline=offline, output=folder,
+        bundles, [_sources(layer) for layer in planned], asked, store, offline=offline, output=folder,
         say=named(say, "eval"),
     )  # fmt: skip
     rows = [
@@ -100,10 +100,15 @@ def measure_layers(
     return result
 
 
-def _source(layer: layers.Planned) -> str | None:
-    """The source to name where a bundle only knows a folder's name: as the layer's recipe says it."""
-    source = recipe.load(layer.recipe, layer.sets).source_of()
-    return source.name if source.kind == "path" else None
+def _sources(layer: layers.Planned) -> list[str]:
+    """The sources to name where a bundle only knows a folder's name: as the layer's recipe says it."""
+    asked = recipe.load(layer.recipe, layer.sets)
+    model = asked.source_of()
+    named = [model.name] if model.kind == "path" else []
+    for name, text in asked.component_sources.items():
+        if not text.startswith(("builtin:", "hf://")):
+            named.append(f"{name}={asked.path(text, f'components.{name}.source')}")
+    return named
 
 
 def _row(layer: layers.Planned, bundle: Path, seconds: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any]:

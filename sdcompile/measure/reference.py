@@ -5,7 +5,7 @@ Pictures are kept in the store under what made them, so that a second evaluation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from sdcompile import machine
 from sdcompile.backends import BACKENDS, Engine, Host
 from sdcompile.families import FAMILIES
 from sdcompile.measure.drawing import Request, draw
-from sdcompile.recheck import source_of
+from sdcompile.recheck import recipe_of
 from sdcompile.recipe import Recipe, known_names
 from sdcompile.run import Build, build, lay_out
 from sdcompile.runtime.model import Model
@@ -75,13 +75,13 @@ class Reference:
 
 
 def reference_of(
-    folder: Path, manifest: Manifest, source: str | None, store: Store, observer: Observer, *, offline: bool
+    folder: Path, manifest: Manifest, source: Sequence[str], store: Store, observer: Observer, *, offline: bool
 ) -> Reference:
-    """Plan and make the reference of the bundle in `folder`.
+    """Plan and make the reference of the bundle in `folder`; source: what was named of it (`recheck.sources_of`).
 
     Raises RecipeError when its source is not known here, HostError when torch is missing.
     """
-    recipe = reference_recipe(manifest, source_of(folder, manifest, source))
+    recipe = reference_recipe(manifest, recipe_of(folder, manifest, source))
     work = lay_out(recipe, Path.cwd(), store, offline=offline)
     goals = [step.name for step in work.plan if step.gives in ("engine", "tokenizer")] + [_tables(work.plan)]
     work.plan = replace(work.plan.upstream_of(goals), goals=tuple(goals))
@@ -93,14 +93,17 @@ def _tables(plan: Plan) -> str:
     return [step.name for step in plan if step.gives == "tables"][-1]
 
 
-def reference_recipe(manifest: Manifest, source: str) -> Recipe:
-    """The recipe of the bundle with every component as it was before anything was done to it: torch, fp32."""
-    own = FAMILIES[manifest.family].params
+def reference_recipe(manifest: Manifest, recipe: Mapping[str, Any]) -> Recipe:
+    """The bundle's `recipe` with every component as it was before anything was done to it: torch, fp32.
+
+    A decoder of another source is what the recipe asks for, so that the reference draws with it as well.
+    """
+    family = FAMILIES[manifest.family]
     components = {
-        name: {key: value for key, value in row.items() if key in own.get(name, ())}
-        for name, row in manifest.recipe.get("components", {}).items()
+        name: {key: value for key, value in row.items() if key in family.fields(name)}
+        for name, row in recipe.get("components", {}).items()
     }
-    keep = ("version", "family", "shapes", "samplers", "sampler_steps", "defaults", "source_config")
-    data: dict[str, Any] = {key: manifest.recipe[key] for key in keep if key in manifest.recipe}
-    data |= {"name": f"{manifest.name}-reference", "source": source, "backend": "reference", "precision": "fp32"}
+    keep = ("version", "family", "source", "source_config", "shapes", "samplers", "sampler_steps", "defaults")
+    data: dict[str, Any] = {key: recipe[key] for key in keep if key in recipe}
+    data |= {"name": f"{manifest.name}-reference", "backend": "reference", "precision": "fp32"}
     return Recipe.model_validate({**data, "components": components}, context=known_names())

@@ -168,6 +168,11 @@ def _verification(verify: Data) -> Iterator[str]:
             series[name], floors[name] = timed, floor
     columns = ("", "backend", "precision", "worst dB", "floor dB", "samples", "")
     yield html.table(Table("", columns, tuple(rows)))
+    if own := reports.get("pipeline", {}).get("own_decoder"):
+        yield html.paragraph(
+            "Pictures of this bundle's decoder to those of the model's own decoder, from the same latents: "
+            f"PSNR {own['mean_psnr_db']:.1f} dB, the least {own['min_psnr_db']:.1f} dB."
+        )
     if series:
         yield html.figure(
             charts.lines(series, x="timestep (1000 = pure noise)", y="SNR, dB", floors=floors),
@@ -290,6 +295,8 @@ def _manifest(manifest: bundle.Manifest) -> str:
     rows = {
         "source": f"{data['source'].get('id')} {data['source'].get('revision') or ''}".strip(),
         "licence": data["licence"] or "not stated by the source",
+        **{f"source of {name}": f"{part['id']} ({part['licence'] or 'licence not stated'})"
+           for name, part in data["source"].get("components", {}).items()},
         "family": data["family"],
         "shapes": ", ".join(f"{letter} {low} to {high} (usual {usual})" if low != high else f"{letter} {usual}"
                             for letter, (low, usual, high) in data["shapes"].items()),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdcompile import bundle
 from sdcompile.errors import RecipeError
-from sdcompile.recheck import source_of
+from sdcompile.recheck import sources_of
 
 
-def diffusers_folder(folder: Path, named: str | None) -> Path:
-    """A diffusers folder on this disk that peers can load the bundle's model from.
+def folders(folder: Path, named: Sequence[str]) -> dict[str, Path]:
+    """Folders on this disk that peers can load the bundle's model from: "source", and a component's own.
 
-    Raises RecipeError when the source is a single file or not on this disk.
+    Raises RecipeError when one is not on this disk.
     """
-    source = source_of(folder, bundle.read(folder), named)
+    return {name: _folder(source) for name, source in sources_of(folder, bundle.read(folder), named).items()}
+
+
+def _folder(source: str) -> Path:
     if source.startswith("builtin:"):
         from sdcompile import models
 
@@ -29,9 +33,11 @@ def _snapshot(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    name, _, revision = source.removeprefix("hf://").partition("@")
+    place, _, revision = source.removeprefix("hf://").partition("@")
+    org, repo, *inner = place.split("/")
+    name = f"{org}/{repo}"
     try:
-        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision or None, local_files_only=True), *inner)
     except LocalEntryNotFoundError as error:
         raise RecipeError(
             f"{source} is not on this disk", f"huggingface-cli download {name}, or name a folder: --source FOLDER"

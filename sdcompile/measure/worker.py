@@ -55,6 +55,9 @@ def _diffusers(job: Job) -> tuple[Draw, str]:
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
         job["source"], dtype=dtype, safety_checker=None, local_files_only=True
     )
+    if job.get("decoder"):
+        kind = getattr(diffusers, diffusers.AutoencoderKL.load_config(job["decoder"])["_class_name"])
+        pipe.vae = kind.from_pretrained(job["decoder"], dtype=dtype, local_files_only=True)
     if half:
         # A config may state the text encoder's own dtype, which from_pretrained prefers to ours.
         pipe.to(dtype)

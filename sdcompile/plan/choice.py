@@ -70,10 +70,14 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
         faults.append(
             f"{where}: {backend.name} cannot make {precision} of {name}: it makes {', '.join(backend.realises)}"
         )
-    quantized = configs.get(family.folders[name], {}).get("quantization_config")
+    folder = family.folder(name, configs)
+    quantized = configs.get(folder, {}).get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else quantized
-        faults.append(f"source: its {family.folders[name]} is already quantized ({method}); name the original weights")
+        where, what = (
+            ("source", f"its {folder}") if folder in family.folders.values() else (f"components.{name}.source", "it")
+        )
+        faults.append(f"{where}: {what} is already quantized ({method}); name the original weights")
     options = backend.options(**chosen.build)
     faults += [f"components.{name}.build: {fault}" for fault in backend.refuses(precision, options)]
     params = {"family": family.name, "options": options.model_dump(mode="json"), **chosen.params}

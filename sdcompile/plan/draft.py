@@ -27,6 +27,10 @@ class Draft:
     machine: Machine
     steps: dict[str, Step] = field(default_factory=dict)
 
+    def folder(self, component: str) -> str:
+        """The source's folder that `component` is made of, which is also its checkpoint's name."""
+        return self.family.folder(component, self.source.parts)
+
     def add(
         self,
         component: str,

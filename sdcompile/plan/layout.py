@@ -45,10 +45,13 @@ def resolve(
     names = recipe.wanted(family.required)
     chosen = {name: choose(recipe, family, source.configs, name, faults) for name in names}
     faults += _faults_of_defaults(recipe, shapes)
+    for name in source.parts:
+        faults += [f"components.{name}.source: {fault}" for fault in family.replaceable[name](source.configs)]
     _refuse(recipe, faults)
 
     draft = Draft(family, source, machine)
-    folders = tuple(dict.fromkeys(family.folders[name] for name in names))
+    # A replaced component's own folder as well: what it would have made is told beside what is made.
+    folders = tuple(dict.fromkeys((*(family.folders[name] for name in names), *source.parts)))
     checkpoints = {
         folder: draft.add(
             folder,
@@ -76,7 +79,7 @@ def resolve(
 
     roads: dict[str, _Road] = {}
     for name, choice in chosen.items():
-        folder = family.folders[name]
+        folder = draft.folder(name)
         roads[name] = _component(
             draft, name, choice, specs[name], shapes, facts, checkpoints[folder], samples, recipe.opset,
             source.fp32_bytes(folder),
@@ -193,7 +196,7 @@ def _located(recipe: Recipe, fault: str) -> str:
 
 def _files(source: Source, *folders: str) -> dict[str, Any]:
     return {
-        "kind": source.kind,
+        "kind": source.kind_of(folders[0]),
         "folder": folders[0] if len(folders) == 1 else list(folders),
         "files": {path: f.sha256 for folder in folders for path, f in source.folder_files(folder).items()},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft
@@ -11,6 +11,9 @@ from sdcompile.plan.sampling import profiles
 from sdcompile.plan.verification import default_size
 from sdcompile.recipe import Recipe, dump
 from sdcompile.spec import PIPELINE, Shapes
+
+if TYPE_CHECKING:
+    from sdcompile.steps.layout import Source
 
 
 def package(
@@ -30,10 +33,11 @@ def package(
     source = draft.source
     params = {
         # What the source is, not where it lies: a path would tie the bundle to a machine.
-        "recipe": {**dump(recipe), "source": source.id},
+        "recipe": _recipe(recipe, source),
         "source": {
             "id": source.id, "kind": source.kind, "revision": source.revision, "licence": source.licence,
             "files": {path: f.sha256 for path, f in source.files.items()},
+            **({"components": {name: _origin(part) for name, part in source.parts.items()}} if source.parts else {}),
         },
         "facts": facts,
         "fallbacks": dict(fallbacks),
@@ -58,3 +62,17 @@ def package(
     inputs |= {f"race.{name}": step for name, step in races.items()}
     inputs |= {f"report.{name}": step for name, step in reports.items()}
     draft.add(PIPELINE, "bundle", {**inputs, **shared}, params, shapes=shapes, disk=4 << 20)
+
+
+def _recipe(recipe: Recipe, source: Source) -> dict[str, Any]:
+    data = {**dump(recipe), "source": source.id}
+    own = {name: {**data["components"][name], "source": part.id} for name, part in source.parts.items()}
+    return {**data, "components": {**data["components"], **own}} if own else data
+
+
+def _origin(part: Source) -> dict[str, Any]:
+    """What the manifest says of a component's own source."""
+    return {
+        "id": part.id, "kind": part.kind, "revision": part.revision, "licence": part.licence,
+        "files": {path: f.sha256 for path, f in part.files.items()},
+    }  # fmt: skip

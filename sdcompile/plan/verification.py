@@ -159,7 +159,7 @@ def _reference(draft: Draft, recipe: Recipe, chosen: Mapping[str, Choice], shape
 
 
 def _reference_bytes(draft: Draft, chosen: Mapping[str, Choice]) -> int:
-    return memory.needed(memory.RECORD, max(draft.source.fp32_bytes(draft.family.folders[name]) for name in chosen))
+    return memory.needed(memory.RECORD, max(draft.source.fp32_bytes(draft.folder(name)) for name in chosen))
 
 
 def _floor(recipe: Recipe, name: str, choice: Choice) -> dict[str, float]:

@@ -138,11 +138,29 @@ def parse_source(text: str) -> Source:
     return Source("path", text)
 
 
+_PART = "builtin:NAME/FOLDER, hf://org/name[/FOLDER][@revision], or a folder that holds config.json and weights"
+
+
+def _component_source(value: str) -> str:
+    if value.startswith("builtin:"):
+        if not all(NAME.fullmatch(part) for part in value.removeprefix("builtin:").partition("/")[::2]):
+            raise fault(f"'{value}': expected builtin:NAME/FOLDER, as in builtin:tiny/vae_light")
+    elif value.startswith("hf://"):
+        if not re.fullmatch(r"hf://[\w.-]+/[\w.-]+(/\w[\w.-]*)*(@[\w./-]+)?", value):
+            raise fault(f"'{value}': expected hf://org/name[/FOLDER][@revision]")
+    elif "://" in value or not value.strip() or "\0" in value:
+        raise fault(f"'{value}': expected {_PART}")
+    elif value.lower().endswith((*PICKLES, ".safetensors")):
+        raise fault(f"'{value}' is a file: expected {_PART}")
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_finite)]
 String = Annotated[str, BeforeValidator(_text)]
 FileName = Annotated[String, AfterValidator(_file_name)]
 SourceText = Annotated[String, AfterValidator(_source)]
+ComponentSourceText = Annotated[String, AfterValidator(_component_source)]
 _ONE = {"type": "integer", "minimum": 1}
 Size = Annotated[
     tuple[int, int, int],

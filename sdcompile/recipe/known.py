@@ -30,7 +30,7 @@ def known_names() -> Known:
     from sdcompile.samplers import SAMPLERS
 
     return Known(
-        {name: {c: tuple(f.params.get(c, ())) for c in f.folders} for name, f in FAMILIES.items()},
+        {name: {c: f.fields(c) for c in f.folders} for name, f in FAMILIES.items()},
         {name: backend.options for name, backend in BACKENDS.items()},
         tuple(SAMPLERS),
         {name: record.params for name, record in PASSES.items() if record.stage == "prune"},

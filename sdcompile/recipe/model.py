@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from sdcompile.recipe.compression import CalibrateRecipe, PruneParams, QuantizeRecipe, prompts_of, prune_value
 from sdcompile.recipe.fields import (
+    ComponentSourceText,
     FileName,
     Part,
     Source,
@@ -74,6 +75,11 @@ class ComponentRecipe(Part):
     precision: Precision | None = Field(default=None, description="Precision of this component.")
     clip_skip: Annotated[Whole, Field(ge=0)] | None = Field(
         default=None, description="Last text-encoder layers to leave out (text_encoder only), as diffusers counts them."
+    )
+    source: ComponentSourceText | None = Field(
+        default=None,
+        description="Another decoder (vae_decoder only), AutoencoderTiny or AutoencoderKL: builtin:NAME/FOLDER, "
+        "hf://org/name[/FOLDER][@revision] or a folder; relative paths as for the recipe's `source`.",
     )
     build: dict[str, Any] = Field(default_factory=dict, description="Options of this component's backend.")
     prune: Annotated[PruneParams, BeforeValidator(prune_value)] = Field(
@@ -179,6 +185,11 @@ class Recipe(Part):
         inherited = self.build if backend == self.backend else {}
         params = {} if own.clip_skip is None else {"clip_skip": own.clip_skip}
         return Effective(backend, own.precision or self.precision, params, {**inherited, **own.build})
+
+    @property
+    def component_sources(self) -> dict[str, str]:
+        """Component -> its own source, of those that name one."""
+        return {name: own.source for name, own in self.components.items() if own.source is not None}
 
     def pruning(self, component: str) -> PruneParams:
         """Pass of the prune stage -> its parameters, for `component`."""

@@ -17,6 +17,9 @@ from sdcompile.recipe.yamltext import Place
 
 Faults = Iterator[tuple[Place, str]]
 
+SOME_HAVE = {"clip_skip": "clip_skip", "source": "source of its own"}
+"""Fields that only some components understand (`Family.fields`), in words."""
+
 
 def is_unknown_name(data: Mapping[str, Any], known: Known, place: Place) -> bool:
     """True where `table_faults` speaks of this place in better words."""
@@ -58,12 +61,14 @@ def _name_faults(names: Mapping[str, tuple[str, ...]], components: Mapping[str, 
     for name, own in components.items():
         if name not in names:
             yield ("components", name), f"unknown component '{name}'{did_you_mean(name, names)}"
-        elif isinstance(own, dict) and own.get("clip_skip") is not None and "clip_skip" not in names[name]:
-            takers = [c for c, fields in names.items() if "clip_skip" in fields]
-            yield (
-                ("components", name, "clip_skip"),
-                f"{name} has no clip_skip; it belongs to {', '.join(takers) or 'no component'}",
-            )
+            continue
+        for field, words_of_it in SOME_HAVE.items() if isinstance(own, dict) else ():
+            if own.get(field) is not None and field not in names[name]:
+                takers = [c for c, fields in names.items() if field in fields]
+                yield (
+                    ("components", name, field),
+                    f"{name} has no {words_of_it}; it belongs to {', '.join(takers) or 'no component'}",
+                )
     for name in verify:
         if name not in names and name not in VerifyRecipe.model_fields:
             yield ("verify", name), f"unknown field '{name}'{did_you_mean(name, (*VerifyRecipe.model_fields, *names))}"

@@ -282,7 +282,8 @@ class Pipeline:
         """Final latents (N, C, h, w) -> decoded pixels (N, 3, H, W) in about [-1, 1]."""
         facts, engine = self.model.facts, self.engine(_VAE_DECODER)
         began = time.perf_counter()
-        unscaled = latents / np.float32(facts["scaling_factor"]) + np.float32(facts["shift_factor"])
+        scale = facts.get("decoder", facts)  # one of another source has its own
+        unscaled = latents / np.float32(scale["scaling_factor"]) + np.float32(scale["shift_factor"])
         decoded = self._over_tiles(engine, "latent_sample", unscaled, up=facts["vae_scale_factor"])
         self._clock.vae_s += time.perf_counter() - began
         if not np.isfinite(decoded).all():

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _INDEX = "model_index.json"
 
 
-def open_tree(source: str, offline: bool) -> Tree:
-    """The tree of `hf://org/name[@revision]`; offline, what the hub's cache holds of that revision.
+def open_tree(source: str, offline: bool, index: str = _INDEX) -> Tree:
+    """The tree of `hf://org/name[@revision]`, which holds a file `index`; offline, what the hub's cache holds of it.
 
     Raises RecipeError when the hub has no such repository or revision, HostError when it cannot
     be reached or wants a login, or when the cache does not know it.
@@ -31,14 +31,14 @@ def open_tree(source: str, offline: bool) -> Tree:
     from huggingface_hub import constants
 
     repo, _, revision = source.removeprefix("hf://").partition("@")
-    tree = (_cached if offline or constants.HF_HUB_OFFLINE else _online)(repo, revision or "main")
+    tree = (_cached if offline or constants.HF_HUB_OFFLINE else _online)(repo, revision or "main", index)
     if revision:
         return tree
     note = f"{source} names no revision, so a build tomorrow may differ; write hf://{repo}@{tree.revision}"
     return replace(tree, notes=(note,))
 
 
-def _online(repo: str, revision: str) -> Tree:
+def _online(repo: str, revision: str, index: str) -> Tree:
     from huggingface_hub import HfApi
 
     def told(name: str) -> ModelInfo:
@@ -48,7 +48,8 @@ def _online(repo: str, revision: str) -> Tree:
     info = told(revision)
     # Downloading one file by the revision's name records name -> commit in the cache, which is what
     # `--offline` resolves names from. The name may have moved on since it was asked about.
-    commit = _download(repo, revision, _INDEX).parent.name
+    file = _download(repo, revision, index)
+    commit = file.parents[index.count("/")].name
     siblings = (info if info.sha == commit else told(commit)).siblings or []
     return Tree(
         f"hf://{repo}",
@@ -61,16 +62,16 @@ def _online(repo: str, revision: str) -> Tree:
     )
 
 
-def _cached(repo: str, revision: str) -> Tree:
+def _cached(repo: str, revision: str, index: str) -> Tree:
     from huggingface_hub import try_to_load_from_cache
 
     once = f"run the command once without --offline, or: hf download {repo} --revision {revision}"
-    found = try_to_load_from_cache(repo, _INDEX, revision=revision)
+    found = try_to_load_from_cache(repo, index, revision=revision)
     if not isinstance(found, str):
         raise HostError(
             f"hf://{repo}@{revision} is not in the hub cache of this machine, and this build is offline", once
         )
-    root = Path(found).parent
+    root = Path(found).parents[index.count("/")]
     sizes = {p.relative_to(root).as_posix(): p.stat().st_size for p in sorted(root.rglob("*")) if p.is_file()}
     return Tree(
         f"hf://{repo}", f"hf://{repo}@{root.name}", "hub", sizes, lambda path: root / path,
@@ -85,12 +86,12 @@ def _download(repo: str, revision: str, path: str) -> Path:
     # Bars and remarks on retries would tear our live table; `say` tells of progress.
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    with _explained(repo, revision):
+    with _explained(repo, revision, path):
         return Path(hf_hub_download(repo, path, revision=revision))
 
 
 @contextmanager
-def _explained(repo: str, revision: str) -> Iterator[None]:
+def _explained(repo: str, revision: str, path: str = _INDEX) -> Iterator[None]:
     """Turn the hub's errors into ours: which of gated, private, missing or unreachable it is."""
     from huggingface_hub import errors
 
@@ -107,8 +108,10 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         raise RecipeError(f"{where} has no revision {revision}", "name a branch, a tag or a commit of it") from error
     except errors.RemoteEntryNotFoundError as error:
         raise RecipeError(
-            f"{where}@{revision} has no {_INDEX}, so it is not a diffusers model",
-            "expected a repository as DiffusionPipeline.push_to_hub makes it",
+            f"{where}@{revision} has no {path}" + (", so it is not a diffusers model" if path == _INDEX else ""),
+            "expected a repository as DiffusionPipeline.push_to_hub makes it"
+            if path == _INDEX
+            else f"of a whole model, name the folder of its decoder: {where}/vae@{revision}",
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class Tree:
     get       relative path -> the file on this disk (downloads it where it is not)
     hashes    relative path -> sha256, where known without reading the file
     partial   for a cache, which may hold only some files: what to do about one that is missing
+    licence   where it is stated above the tree
     id, kind, revision, notes: see Source
     """
 
@@ -66,6 +67,7 @@ class Tree:
     partial: str = ""
     revision: str | None = None
     notes: tuple[str, ...] = ()
+    licence: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Source:
     files      relative path -> SourceFile, of the only files a build may read
     configs    model_index, scheduler, tokenizer and one per folder, parsed
     notes      warnings for the plan
+    parts      component -> its own source, where the recipe names one; it counts as a folder of this source
     shares     for a single-file source: folder -> bytes of the checkpoint that are this folder's
     parameters folder -> how many weights it has, where the files are on this disk already
     place      (files, say) -> a folder that holds them
@@ -91,12 +94,24 @@ class Source:
     files: Mapping[str, SourceFile]
     configs: Mapping[str, dict[str, Any]]
     notes: tuple[str, ...] = ()
+    parts: Mapping[str, Source] = field(default_factory=dict)
     shares: Mapping[str, int] = field(default_factory=dict, repr=False)
     parameters: Mapping[str, int] = field(default_factory=dict, repr=False)
     place: Callable[[tuple[str, ...], Say], Path] | None = field(default=None, repr=False, compare=False)
 
+    def with_parts(self, parts: Mapping[str, Source]) -> Source:
+        """This source with components from sources of their own."""
+        configs = {component: part.configs[component] for component, part in parts.items()}
+        notes = [note for part in parts.values() for note in part.notes]
+        return replace(self, parts=parts, configs={**self.configs, **configs}, notes=(*self.notes, *notes))
+
+    def kind_of(self, folder: str) -> Origin:
+        return self.parts[folder].kind if folder in self.parts else self.kind
+
     def folder_files(self, folder: str) -> Mapping[str, SourceFile]:
         """The files that make up `folder`; a single-file checkpoint counts with its share alone."""
+        if folder in self.parts:
+            return self.parts[folder].files
         own = {path: f for path, f in self.files.items() if path.startswith(f"{folder}/")}
         if folder in self.shares:
             own[CHECKPOINT] = SourceFile(self.files[CHECKPOINT].sha256, self.shares[folder])
@@ -107,8 +122,9 @@ class Source:
 
         Of weights still to be downloaded, their size as stored tells (twice that of a half-precision variant).
         """
-        if folder in self.parameters:
-            return 4 * self.parameters[folder]
+        parameters = self.parts.get(folder, self).parameters
+        if folder in parameters:
+            return 4 * parameters[folder]
         half = re.compile(rf"\.({'|'.join(VARIANTS)})[.-]")
         return sum(
             f.bytes * (2 if half.search(path) else 1)
@@ -117,13 +133,13 @@ class Source:
         )
 
     def locate(self, folders: tuple[str, ...], say: Say) -> Path:
-        """A folder on this disk that holds `folders`; downloads what is missing.
-
-        Raises HostError when the hub cannot give it.
+        """A folder on this disk that holds `folders`, or what one component's own source holds; downloads
+        what is missing. Raises HostError when the hub cannot give it.
         """
-        assert self.place is not None, "this source was made without a place"
+        owner = self.parts.get(folders[0], self) if len(folders) == 1 else self
+        assert owner.place is not None, "this source was made without a place"
         wanted = dict.fromkeys(path for folder in folders for path in self.folder_files(folder))
-        return self.place(tuple(wanted), say)
+        return owner.place(tuple(wanted), say)
 
 
 def local_tree(root: Path, name: str, identity: str, kind: Origin, folders: tuple[str, ...]) -> Tree:
@@ -132,6 +148,26 @@ def local_tree(root: Path, name: str, identity: str, kind: Origin, folders: tupl
     found = (path for place in places for path in sorted(place.iterdir()) if path.is_file())
     sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in found}
     return Tree(name, identity, kind, sizes, lambda relative: root / relative)
+
+
+def entries(tree: Tree, paths: Iterable[str], hash_file: HashFile) -> dict[str, SourceFile]:
+    """Path -> SourceFile of these files of `tree`."""
+    return {path: SourceFile(tree.hashes.get(path) or hash_file(tree.get(path)), tree.sizes[path]) for path in paths}
+
+
+def placing(tree: Tree, top: str) -> Callable[[tuple[str, ...], Say], Path]:
+    """Gets files of `tree`, and tells the folder that holds them: that of its file `top`."""
+
+    def place(paths: tuple[str, ...], say: Say) -> Path:
+        done, total = 0, sum(tree.sizes[path] for path in paths) or 1
+        for path in paths:
+            if tree.kind == "hub":
+                say(f"fetching {path} ({tree.sizes[path] / 1e6:.0f} MB)", done / total)
+            tree.get(path)
+            done += tree.sizes[path]
+        return tree.get(top).parent
+
+    return place
 
 
 def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weights: bool = True) -> Source:
@@ -153,20 +189,20 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
     wanted |= {folder: f"{folder}/config.json" for folder in folders}
     for name, path in wanted.items():
         try:
-            configs[name] = _config(tree, path)
+            configs[name] = config_in(tree, path)
             chosen.append(path)
             if name in folders and weights:
-                files, remarks = _weights(tree, name, configs[name])
+                files, remarks = weights_in(tree, name, configs[name])
                 chosen += [*files, *(path for path in [f"{name}/{edits.FILE}"] if path in tree.sizes)]
                 notes += remarks
-                if counted := _parameters(tree, files):
+                if counted := parameters_in(tree, files):
                     parameters[name] = counted
         except SdcompileError as fault:
             faults.append(fault)
     try:
         chosen += (assets := _tokenizer(tree))
         tokenizer_config = "tokenizer/tokenizer_config.json"
-        configs["tokenizer"] = _config(tree, tokenizer_config) if tokenizer_config in assets else {}
+        configs["tokenizer"] = config_in(tree, tokenizer_config) if tokenizer_config in assets else {}
     except SdcompileError as fault:
         faults.append(fault)
     if faults and tree.partial:
@@ -176,25 +212,13 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
         hints = dict.fromkeys(fault.hint for fault in faults if fault.hint)
         raise RecipeError("\n".join(fault.message for fault in faults), "\n".join(hints))
 
-    entries = {
-        path: SourceFile(tree.hashes.get(path) or hash_file(tree.get(path)), tree.sizes[path]) for path in chosen
-    }
-
-    def place(paths: tuple[str, ...], say: Say) -> Path:
-        done, total = 0, sum(tree.sizes[path] for path in paths) or 1
-        for path in paths:
-            if tree.kind == "hub":
-                say(f"fetching {path} ({tree.sizes[path] / 1e6:.0f} MB)", done / total)
-            tree.get(path)
-            done += tree.sizes[path]
-        return tree.get("model_index.json").parent
-
     return Source(
-        tree.id, tree.kind, tree.revision, _licence(tree), entries, configs, notes, parameters=parameters, place=place
-    )
+        tree.id, tree.kind, tree.revision, licence_of(tree), entries(tree, chosen, hash_file), configs, notes,
+        parameters=parameters, place=placing(tree, "model_index.json"),
+    )  # fmt: skip
 
 
-def _config(tree: Tree, path: str) -> dict[str, Any]:
+def config_in(tree: Tree, path: str) -> dict[str, Any]:
     """The JSON object in `path`. Raises RecipeError that names the file."""
     if path not in tree.sizes:
         folder = path.rpartition("/")[0]
@@ -215,51 +239,60 @@ def _config(tree: Tree, path: str) -> dict[str, Any]:
     return config
 
 
-def _weights(tree: Tree, folder: str, config: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
-    """(weight files of `folder`, notes): plain weights, else a half-precision variant that stands alone."""
-    names = [path.removeprefix(f"{folder}/") for path in tree.sizes if path.startswith(f"{folder}/")]
+def weights_in(tree: Tree, folder: str, config: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+    """(weight files of `folder`, notes): plain weights, else a half-precision variant that stands alone.
+
+    `folder` "" is the tree's top level.
+    """
+    inside = f"{folder}/" if folder else ""
+    names = [path.removeprefix(inside) for path in tree.sizes if path.startswith(inside)]
     # transformers writes `architectures`, diffusers `_class_name`; each has its own file name.
     stem = "model" if "architectures" in config and "_class_name" not in config else "diffusion_pytorch_model"
     for variant in (None, *VARIANTS):
         tag = f".{variant}" if variant else ""
         whole, index = f"{stem}{tag}.safetensors", f"{stem}.safetensors.index{tag}.json"
         if whole in names:
-            files = [f"{folder}/{whole}"]
+            files = [f"{inside}{whole}"]
         elif index in names:
-            files = [f"{folder}/{index}", *_shards(tree, folder, index)]
+            files = [f"{inside}{index}", *_shards(tree, inside, index)]
         else:
             continue
-        return files, (f"{folder}: the source has {variant} weights only; fp32 is made from them",) if variant else ()
+        return files, (
+            f"{folder or tree.name}: the source has {variant} weights only; fp32 is made from them",
+        ) if variant else ()
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
+        kind = "" if folder else str(config.get("_class_name"))
         raise RecipeError(
-            f"source {tree.name}: {folder}/ has {pickles[0]} but no {stem}.safetensors; "
+            f"source {tree.name}: {inside or 'it'} has {pickles[0]} but no {stem}.safetensors; "
             "a pickle can run code when it is read",
-            f"convert it: {convert_command(tree.name, 'from_pretrained')}  and name NEW_FOLDER as the source",
+            f"convert it: {convert_command(tree.name, 'from_pretrained', kind)}  and name NEW_FOLDER as the source",
         )
     others = [name for name in names if name.endswith(".safetensors")]
     raise RecipeError(
-        f"source {tree.name}: {folder}/ has no {stem}.safetensors" + (f" (but {', '.join(others)})" if others else ""),
+        f"source {tree.name}: {inside or 'it'} has no {stem}.safetensors"
+        + (f" (but {', '.join(others)})" if others else ""),
         f"expected {stem}.safetensors (or its {' or '.join(VARIANTS)} variant), or shards and "
         f"{stem}.safetensors.index.json",
     )
 
 
-def _shards(tree: Tree, folder: str, index: str) -> list[str]:
+def _shards(tree: Tree, inside: str, index: str) -> list[str]:
     """The files a sharded checkpoint's index names. Raises RecipeError for one that is missing or elsewhere."""
-    weight_map = _config(tree, f"{folder}/{index}").get("weight_map")
+    weight_map = config_in(tree, f"{inside}{index}").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise RecipeError(f"source {tree.name}: {folder}/{index} has no weight_map of tensors to files")
+        raise RecipeError(f"source {tree.name}: {inside}{index} has no weight_map of tensors to files")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if f"{folder}/{shard}" not in tree.sizes or not shard.endswith(".safetensors"):
+        if f"{inside}{shard}" not in tree.sizes or not shard.endswith(".safetensors"):
             raise RecipeError(
-                f"source {tree.name}: {folder}/{index} names {shard}, which is not in {folder}/", "copy the model again"
+                f"source {tree.name}: {inside}{index} names {shard}, which is not in {inside or 'it'}",
+                "copy the model again",
             )
-    return [f"{folder}/{shard}" for shard in shards]
+    return [f"{inside}{shard}" for shard in shards]
 
 
-def _parameters(tree: Tree, files: Iterable[str]) -> int:
+def parameters_in(tree: Tree, files: Iterable[str]) -> int:
     """How many weights `files` hold, 0 where they are not on this disk yet (their sha256 is told instead).
 
     Raises RecipeError for one that is cut short or is no safetensors file.
@@ -301,9 +334,11 @@ def _tokenizer(tree: Tree) -> list[str]:
     return found
 
 
-def _licence(tree: Tree) -> str | None:
+def licence_of(tree: Tree) -> str | None:
     """`license:` of the model card's front matter, or the first line of a LICENSE file."""
     stated: str
+    if tree.licence is not None:
+        return tree.licence
     if "README.md" in tree.sizes:
         text = tree.get("README.md").read_text(encoding="utf-8", errors="replace")
         front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
@@ -321,9 +356,9 @@ def _licence(tree: Tree) -> str | None:
     return None
 
 
-def convert_command(source: str, how: str) -> str:
+def convert_command(source: str, how: str, kind: str = "") -> str:
     source = source.removeprefix("hf://").partition("@")[0] if source.startswith("hf://") else source
     return (
-        f'python -c "from diffusers import StableDiffusionPipeline as P; '
+        f'python -c "from diffusers import {kind or "StableDiffusionPipeline"} as P; '
         f"P.{how}({source!r}).save_pretrained('NEW_FOLDER', safe_serialization=True)\""
     )

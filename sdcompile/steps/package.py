@@ -117,7 +117,7 @@ def _component(
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
-    keep = ("passed", "floor", "worst", "by_region", "by_shape", "stand_in", "ranges", "proof")
+    keep = ("passed", "floor", "worst", "by_region", "by_shape", "stand_in", "ranges", "proof", "own_decoder")
     return {key: report[key] for key in keep if key in report}
 
 
@@ -159,10 +159,14 @@ def _readme(params: Mapping[str, Any]) -> str:
         f"| {name} | {entry['backend']} | {entry['precision']} |" for name, entry in params["components"].items()
     )
     extras = ",".join(sorted({entry["backend"].replace("_", "-") for entry in params["components"].values()}))
+    parts = "".join(
+        f"\n{name} is made of {part['id']}. Its licence: {part['licence'] or 'not stated'}.\n"
+        for name, part in source.get("components", {}).items()
+    )
     return f"""# {recipe["name"]}
 
 Compiled by sdcompile {__version__} from {source["id"]}. Licence of the source: {source["licence"] or "not stated"}.
-
+{parts}
     pip install 'sdcompile[{extras}]'
     sdcompile generate . "a prompt" --seed 1
 

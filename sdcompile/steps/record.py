@@ -14,7 +14,7 @@ from sdcompile.families import FAMILIES
 from sdcompile.runtime.model import Model
 from sdcompile.samples import Writer, write_images
 from sdcompile.spec import Job
-from sdcompile.steps.reference import GUIDED, REGIONS, Call, Trajectory, model_of, nearest, play
+from sdcompile.steps.reference import GUIDED, REGIONS, Call, Trajectory, decoded_by_source, model_of, nearest, play
 
 # Enough for every region to hold several steps; a full-size fp32 step takes seconds, so not more.
 STEPS = 10
@@ -32,13 +32,15 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
 
     The prompts are run at the opt shape; a short unguided trajectory covers the min shape (fewest
     denoiser rows) and a short guided one the max shape. Of each trajectory one step per region is
-    kept, another one for every trajectory. The same inputs give the same bytes on one machine.
+    kept, another one for every trajectory. Where another decoder is built, the images of the source's own
+    are kept as well. The same inputs give the same bytes on one machine.
     """
     model = model_of(job.params, inputs, job)
     planned = list(trajectories(job.params, job.shapes, model))
     keeping = _Keeping(Writer(out), FAMILIES[job.params["family"]].denoiser)
     images = {t.id: arrays for t, arrays in play(inputs, job, model, planned, keeping, out)}
-    write_images(out, images)
+    own = decoded_by_source(inputs, job, model, {name: arrays["final"] for name, arrays in images.items()}, out)
+    write_images(out, {name: {**arrays, **own.get(name, {})} for name, arrays in images.items()})
     keeping.writer.index([asdict(t) for t in planned], keeping.left_out)
 
 

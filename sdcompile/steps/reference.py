@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from sdcompile.backends import BACKENDS, Engine, Host
 from sdcompile.families import FAMILIES, Family
+from sdcompile.runtime.images import pixels_from_decoded
 from sdcompile.runtime.model import Model
 from sdcompile.runtime.noise import randn
 from sdcompile.runtime.pipeline import Pipeline
@@ -34,7 +35,7 @@ REGIONS = ("early", "mid", "late")
 # A scale for the guided runs of a model whose own default is unguided.
 GUIDED = 4.0
 
-_ENCODER = "vae_encoder"
+_DECODER, _ENCODER = "vae_decoder", "vae_encoder"
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,30 @@ def play(
             yield trajectory, arrays
 
 
+def decoded_by_source(
+    inputs: Mapping[str, Path], job: Job, model: Model, finals: Mapping[str, NDArray[Any]], scratch: Path
+) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """What the source's own decoder makes of `finals`, where another one is built in its place; else nothing.
+
+    finals: name -> final latents (B, C, h, w). Gives name -> {"source_images": (B, H, W, 3) in [0, 1]}.
+    """
+    if _DECODER not in inputs:
+        return {}
+    family = FAMILIES[job.params["family"]]
+    job.say("the source's own decoder", None)
+    facts = {name: value for name, value in model.facts.items() if name != "decoder"}
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="decoder-") as folder:
+        others = {role: path for role, path in inputs.items() if role != _DECODER}
+        alone = replace(job, params={**job.params, "components": {_DECODER: {}}})
+        made = build_references(family, others, alone, Path(folder))
+        with Pipeline(
+            replace(model, facts=facts), lambda name: BACKENDS["reference"].open(made[name], Host())
+        ) as pipeline:
+            return {
+                name: {"source_images": pixels_from_decoded(pipeline.decode(final))} for name, final in finals.items()
+            }
+
+
 class Recorder:
     """An engine that shows every call, feeds and outputs, to `tap`."""
 
@@ -178,14 +203,19 @@ class _Tap:
 def build_references(family: Family, inputs: Mapping[str, Path], job: Job, scratch: Path) -> dict[str, Path]:
     """Component -> folder of its reference engine in `scratch`."""
     reference = BACKENDS["reference"]
-    wanted = {name: family.folders[name] for name in job.params["components"]}
-    configs = {folder: _config(inputs[folder]) for folder in set(family.folders.values()) if folder in inputs}
+    wanted = {name: family.folder(name, inputs) for name in job.params["components"]}
+    configs = configs_of(family, inputs)
     specs: Mapping[str, ComponentSpec] = family.components(configs)
     for name, folder in wanted.items():
         (scratch / name).mkdir()
         params = {"family": family.name, **job.params["components"][name]}
         reference.build(inputs[folder], scratch / name, Job(name, params, spec=specs[name], shapes=job.shapes))
     return {name: scratch / name for name in wanted}
+
+
+def configs_of(family: Family, inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """The configs of every checkpoint among `inputs`, by folder."""
+    return {folder: _config(inputs[folder]) for folder in {*family.folders.values(), *family.folders} & set(inputs)}
 
 
 def _config(folder: Path) -> dict[str, Any]:

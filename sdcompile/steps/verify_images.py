@@ -7,7 +7,7 @@ library an engine runs in.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,10 @@ def judge(
     pipeline: Pipeline, recorded: Path, min_psnr_db: float, backends: Mapping[str, str], precisions: list[Precision],
     keep: Path | None = None, say: Say = say_nothing,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report: PSNR of every recorded image (of a batch, its worst), the worst, and the least by shape."""
+    """The report: PSNR of every recorded image (of a batch, its worst), the worst, and the least by shape.
+
+    Where another decoder is built, `own_decoder` says how far its pictures are from those of the source's own.
+    """
     planned = [Trajectory.from_json(row) for row in samples.trajectories(recorded)]
     rows = []
     worst: tuple[float, Floats, Floats] | None = None
@@ -93,7 +96,9 @@ def judge(
             index = row["image"]
             worst = (row["psnr_db"], reference["images"][index], images[index])
     passed = all(row["passed"] for row in rows)
+    own = _own_decoder([samples.image_arrays(recorded, trajectory.id) for trajectory in planned])
     return {
+        **({"own_decoder": own} if own else {}),
         "component": PIPELINE,
         "backend": ", ".join(dict.fromkeys(backends.values())),
         "precision": min(precisions, key=lambda p: metrics.FLOORS[p].min_snr_db),
@@ -113,6 +118,20 @@ def judge(
         "kept": _keep(keep, worst) if keep is not None and worst is not None and not passed else [],
         "divergence": None,
     }
+
+
+def _own_decoder(recorded: Sequence[Mapping[str, Floats]]) -> dict[str, float]:
+    """PSNR of the reference's pictures to those that the source's own decoder makes of the same latents: what
+    another decoder changes. No floor; {} where the source's own is built.
+    """
+    figures = [
+        metrics.psnr_db(own, other)
+        for arrays in recorded if "source_images" in arrays
+        for own, other in zip(arrays["source_images"], arrays["images"], strict=True)
+    ]  # fmt: skip
+    if not figures:
+        return {}
+    return {"mean_psnr_db": round(float(np.mean(figures)), 3), "min_psnr_db": round(min(figures), 3)}
 
 
 def _row(

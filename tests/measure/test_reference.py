@@ -26,7 +26,7 @@ RECIPE = {
 def referred() -> Recipe:
     recipe = Recipe.model_validate(RECIPE, context=known_names())
     manifest = SimpleNamespace(family="sd", name="x", recipe=dump(recipe))
-    return reference_recipe(manifest, "builtin:tiny")
+    return reference_recipe(manifest, manifest.recipe)
 
 
 def test_the_reference_is_the_model_before_anything_was_done_to_it():

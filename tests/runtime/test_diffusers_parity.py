@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +272,35 @@ def test_another_seed_does_not_give_the_picture_of_diffusers(both: tuple[Any, Pi
     _, expected = pictures(both, "ddim", "a red circle", seed=4)
     found = pipe("a red circle", seed=5, sampler="ddim", output_type="np").images
     assert np.abs(found - expected).max() > PARITY
+
+
+def with_tiny_decoder(both: tuple[Any, Pipeline], scaling_factor: float) -> tuple[Any, Pipeline]:
+    """Both with an AutoencoderTiny in place of the VAE: diffusers' by assignment, ours by its facts."""
+    torch.manual_seed(1)
+    pipeline, pipe = both
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), scaling_factor=scaling_factor,
+    )  # fmt: skip
+    other = diffusers.StableDiffusionPipeline(
+        **{**pipeline.components, "vae": vae.eval()}, requires_safety_checker=False
+    )
+    other.set_progress_bar_config(disable=True)
+    other.scheduler_of_the_source = pipeline.scheduler_of_the_source
+    decode = TorchEngine("sample", lambda latent_sample: vae.decode(latent_sample, return_dict=False)[0])
+    scale = {"scaling_factor": scaling_factor, "shift_factor": 0.0}
+    model = replace(pipe.model, facts={**pipe.model.facts, "decoder": scale})
+    return other, Pipeline(model, lambda name: decode if name == "vae_decoder" else pipe._open_engine(name))
+
+
+@pytest.mark.parametrize("scaling_factor", [1.0, 0.7])
+def test_another_decoder_gives_the_picture_that_diffusers_gives_with_it(
+    both: tuple[Any, Pipeline], scaling_factor: float
+) -> None:
+    other, pipe = with_tiny_decoder(both, scaling_factor)
+    found, expected = pictures((other, pipe), "dpmpp_2m", "a red circle")
+    assert np.abs(found - expected).max() <= PARITY
+    without = {name: value for name, value in pipe.model.facts.items() if name != "decoder"}
+    pipe.model = replace(pipe.model, facts=without)
+    wrong, _ = pictures((other, pipe), "dpmpp_2m", "a red circle")
+    assert np.abs(wrong - expected).max() > 100 * PARITY, "the VAE's own scale is not this decoder's"

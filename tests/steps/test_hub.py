@@ -27,15 +27,18 @@ from pathlib import Path
 from sdcompile.bundle import sha256_of
 from sdcompile.errors import SdcompileError
 from sdcompile.spec import say_nothing
-from sdcompile.steps import fetch
+from sdcompile.steps import component, fetch
 
 asked = json.loads(sys.argv[1])
 try:
-    source = fetch.describe(
+    source = component.describe(
+        asked["source"], "vae_decoder", base=Path("."), offline=asked["offline"], hash_file=sha256_of
+    ) if asked["component"] else fetch.describe(
         asked["source"], base=Path("."), source_config=None, folders=("text_encoder", "unet", "vae"),
         offline=asked["offline"], hash_file=sha256_of,
     )
-    located = source.locate(tuple(asked["locate"]), say_nothing) if asked["locate"] else None
+    whole = source.with_parts({"vae_decoder": source}) if asked["component"] else source
+    located = whole.locate(tuple(asked["locate"]), say_nothing) if asked["locate"] else None
     answer = {
         "id": source.id, "revision": source.revision, "licence": source.licence, "notes": source.notes,
         "files": {path: [f.sha256, f.bytes] for path, f in source.files.items()},
@@ -127,10 +130,17 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def ask(
-    endpoint: str, home: Path, source: str, *, offline: bool = False, locate: tuple[str, ...] = (), **env: str
+    endpoint: str,
+    home: Path,
+    source: str,
+    *,
+    offline: bool = False,
+    locate: tuple[str, ...] = (),
+    component: bool = False,
+    **env: str,
 ) -> dict[str, Any]:
     """describe (and locate) in a process of its own: the hub's library reads its settings at import."""
-    asked = json.dumps({"source": source, "offline": offline, "locate": locate})
+    asked = json.dumps({"source": source, "offline": offline, "locate": locate, "component": component})
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_secret", "NO_PROXY": "127.0.0.1"}
     run = subprocess.run(
         [sys.executable, "-c", CHILD, asked],
@@ -228,3 +238,33 @@ def test_without_a_network_the_hub_is_said_to_be_out_of_reach(tmp_path: Path) ->
     assert told["error"] == "HostError"
     assert "the hub cannot be reached" in told["message"]
     assert "--offline" in told["hint"]
+
+
+def test_a_component_may_come_from_a_folder_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    home, source = tmp_path / "home", "hf://org/model/vae@v1"
+    told = ask(hub.endpoint, home, source, component=True)
+    assert told["id"] == f"hf://org/model/vae@{COMMIT}"
+    assert told["licence"] == "creativeml-openrail-m"
+    assert set(told["files"]) == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert not any(line.endswith(".safetensors") for line in hub.asked)
+    online = ask(hub.endpoint, home, source, component=True, locate=("vae_decoder",))
+    assert "diffusion_pytorch_model.safetensors" in online["here"]
+    assert "unet" not in " ".join(online["here"])
+    hub.asked.clear()
+    assert ask(hub.endpoint, home, source, component=True, locate=("vae_decoder",), offline=True) == online
+    assert hub.asked == []
+
+
+def test_a_component_may_be_a_repository_of_its_own(hub: Hub, tmp_path: Path) -> None:
+    (hub.root / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    (hub.root / "diffusion_pytorch_model.safetensors").write_bytes(layouts.safetensors(b"light"))
+    told = ask(hub.endpoint, tmp_path / "home", "hf://org/model", component=True)
+    assert told["id"] == f"hf://org/model@{COMMIT}"
+    assert f"write hf://org/model@{COMMIT}" in told["notes"][0]
+
+
+def test_a_whole_model_is_no_component(hub: Hub, tmp_path: Path) -> None:
+    told = ask(hub.endpoint, tmp_path / "home", "hf://org/model@v1", component=True)
+    assert told["error"] == "RecipeError"
+    assert "has no config.json" in told["message"]
+    assert "hf://org/model/vae@v1" in told["hint"]

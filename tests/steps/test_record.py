@@ -400,3 +400,20 @@ def test_a_reference_that_gives_nan_is_a_failed_step(inputs, tmp_path):
     writer = Writer(tmp_path)
     with pytest.raises(StageError, match=r"vae_encoder: the fp32 reference has NaN .* in out\.latent"):
         writer.add("vae_encoder", {"step": None, "prompt": "a"}, {}, {"latent": np.array([np.nan], "f")})
+
+
+def test_beside_another_decoder_the_images_of_the_sources_own_are_kept(inputs, recorded, tmp_path):
+    """The VAE at another scale stands for another decoder: its pictures differ, and only they."""
+    from sdcompile.samples import image_arrays
+    from sdcompile.steps.verify_images import _own_decoder
+
+    other = tmp_path / "decoder"
+    shutil.copytree(inputs["vae"], other)
+    job = recording_job(inputs)
+    facts = {**job.params["facts"], "decoder": {"scaling_factor": 1.5, "shift_factor": 0.0}}
+    both = record_into(tmp_path / "both", {**inputs, "vae_decoder": other}, recording_job(inputs, facts=facts))
+    found, before = image_arrays(both, "00"), image_arrays(recorded, "00")
+    np.testing.assert_array_equal(found["source_images"], before["images"])
+    assert not np.array_equal(found["images"], before["images"])
+    assert 5 < _own_decoder([found])["min_psnr_db"] < 40
+    assert _own_decoder([before]) == {}
