@@ -96,6 +96,15 @@ def generate(
     prompt_cache: Annotated[
         Path | None, _text("--prompt-cache", "Keep prompt embeddings here, for all processes.", "DIR", _MANY)
     ] = None,
+    image_cache: Annotated[
+        Path | None,
+        _text(
+            "--image-cache", "Keep finished images here: the same request and seed gives them at once.", "DIR", _MANY
+        ),
+    ] = None,
+    image_cache_mib: Annotated[
+        int, typer.Option("--image-cache-mib", min=1, help="Most MiB of them.", rich_help_panel=_MANY)
+    ] = 1024,
     warm_up: Annotated[
         bool, typer.Option("--warm-up", help="Run every engine once before the first image.", rich_help_panel=_MANY)
     ] = False,
@@ -126,14 +135,17 @@ def generate(
     if workers and latents:
         raise RecipeError("--latents is for one process", "leave --workers out")
     total = sum(row.options.num_images_per_prompt or count for row in rows)
+    caches: dict[str, Any] = {"prompt_cache": prompt_cache}
+    if image_cache is not None:
+        caches |= {"image_cache": image_cache, "image_cache_bytes": image_cache_mib << 20}
     with console.generating(total, json_mode=json) as progress:
         if workers:
             files = generate_many(
-                bundle, rows, output, common=common, count=workers, threads=threads, prompt_cache=prompt_cache,
+                bundle, rows, output, common=common, count=workers, threads=threads, caches=caches,
                 progress=progress,
             )  # fmt: skip
         else:
-            pipeline = load(bundle, threads=threads, prompt_cache=prompt_cache)
+            pipeline = load(bundle, threads=threads, **caches)
             if warm_up:
                 console.note(f"warm after {pipeline.warm_up():.1f} s")
             files = generate_files(pipeline, rows, output, common=common, latents=latents, progress=progress)

@@ -28,6 +28,8 @@ def load(
     verify_files: bool = True,
     prompt_cache: str | Path | None = None,
     prompt_cache_bytes: int = 256 << 20,
+    image_cache: str | Path | None = None,
+    image_cache_bytes: int = 1 << 30,
 ) -> Pipeline:
     """Open the bundle folder `path`; engines themselves are opened when a request first needs them.
 
@@ -40,6 +42,7 @@ def load(
     verify_files  compare the sha256 of every file that may be read with the manifest
     prompt_cache  folder for prompt embeddings, shared by processes and kept below prompt_cache_bytes;
                   None = they are remembered by this pipeline alone
+    image_cache   folder for finished images, likewise: a request with the same seed gets the same bytes at once
 
     Raises BundleError when the bundle is damaged, incomplete or too new, HostError when this
     machine lacks what an engine needs, RecipeError for an unknown value of `memory`.
@@ -49,4 +52,6 @@ def load(
     opened = open_bundle(Path(path), threads, Path(cache) if cache is not None else None, memory, verify_files)
     if prompt_cache is not None:
         opened.keep_prompts(Path(prompt_cache), prompt_cache_bytes)
+    if image_cache is not None:
+        opened.keep_images(Path(image_cache), image_cache_bytes)
     return opened

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sdcompile import bundle as bundles
@@ -35,13 +36,13 @@ class Batch:
 
 def generate_many(
     bundle: Path, rows: Sequence[Row], output: Path, *, common: Options, count: int, threads: int | None = None,
-    prompt_cache: Path | None = None, progress: Progress,
+    caches: Mapping[str, Any] = MappingProxyType({}), progress: Progress,
 ) -> list[Saved]:  # fmt: skip
     """Make the images of `rows` with `count` processes and write them below `output`, with an index.
 
     A second call with the same arguments makes only what is missing; without a seed it goes on with
     the first call's. Processor threads are shared out among the processes unless `threads` says how
-    many each takes.
+    many each takes. `caches` are the arguments of `load` that say what is kept on disk.
 
     Raises RecipeError when `output` holds an index of another job, and what the pipeline raises.
     """
@@ -70,13 +71,13 @@ def generate_many(
                 _write(file, row)
             progress(len(finished), 0, 0)
 
-        workers.run(todo, min(count, max(1, len(todo))), partial(_opened, bundle, output, share, prompt_cache), done)
+        workers.run(todo, min(count, max(1, len(todo))), partial(_opened, bundle, output, share, dict(caches)), done)
     return [finished[number] for number in range(len(wanted))]
 
 
-def _opened(bundle: Path, output: Path, threads: int, prompt_cache: Path | None) -> Callable[[Batch], list[Saved]]:
+def _opened(bundle: Path, output: Path, threads: int, caches: dict[str, Any]) -> Callable[[Batch], list[Saved]]:
     """In a worker: the bundle opened, and the function that makes a batch with it."""
-    pipeline = load(bundle, threads=threads, prompt_cache=prompt_cache)
+    pipeline = load(bundle, threads=threads, **caches)
 
     def make(batch: Batch) -> list[Saved]:
         return make_group(pipeline, batch.images, output, number=batch.first)

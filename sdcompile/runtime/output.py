@@ -26,7 +26,8 @@ class Output:
     request   every argument as resolved: prompts per image, seeds, sampler, steps, size
     timings   seconds: text_encoder_s, denoise_s (one per denoiser step), vae_s, open_s (engines, in all);
               counts: denoise_rows (one per denoiser step), steps (one per image: the denoiser steps it
-              took), and where prompts came from: prompts_cached (memory), prompts_read (disk), prompts_computed
+              took), where prompts came from: prompts_cached (memory), prompts_read (disk), prompts_computed, and
+              images_read: finished images that were taken from disk
     """
 
     images: list[Image] | Floats
@@ -95,6 +96,7 @@ class Clock:
     prompts_cached: int = 0
     prompts_read: int = 0
     prompts_computed: int = 0
+    images_read: int = 0
     steps: list[int] = field(default_factory=list)
 
     def timings(self) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from sdcompile.runtime import images as pictures
 from sdcompile.runtime import sampler as samplers
 from sdcompile.runtime.batches import in_parts
 from sdcompile.runtime.denoising import Denoiser
+from sdcompile.runtime.diskcache import DiskCache
 from sdcompile.runtime.embedding import Embedder
+from sdcompile.runtime.imagecache import ImageCache
 from sdcompile.runtime.masking import Kept
 from sdcompile.runtime.memory import remembered
 from sdcompile.runtime.model import Model
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
 CallbackOnStepEnd = Callable[["Pipeline", int, float, dict[str, Any]], "Mapping[str, Any] | None"]
 """(pipeline, step, timestep, {"latents": array}) -> None, or {"latents": what to go on with}, as in diffusers."""
 
+Watch = Callable[[int], None]
+"""Told of every finished step."""
+
 _TEXT_ENCODER, _VAE_DECODER = "text_encoder", "vae_decoder"
 _REMEMBERED_TABLES = 8
 
@@ -66,6 +71,7 @@ class Pipeline:
         self.power_state: PowerState | None = None
         self.warm = False
         self.embedder = Embedder(model, self._run_text_encoder)
+        self.finished: ImageCache | None = None
         self._open_engine = open_engine
         self._engines: dict[str, Engine] = {}
         self._tables: OrderedDict[tuple[str, int], tables.Table] = OrderedDict()
@@ -76,12 +82,14 @@ class Pipeline:
         prompt: str | Sequence[str] | None,
         *,
         callback_on_step_end: CallbackOnStepEnd | None = None,
+        watch: Watch | None = None,
         **options: Any,
     ) -> Output:
         """Make images of one prompt or several; `options` are those of `runtime.options.Options`.
 
         What is left open takes the model's defaults. Batches beyond what the engines take at once
-        are split; the noise stays that of one batch.
+        are split; the noise stays that of one batch. `watch` only looks on, where a callback may change
+        latents: of a call with a callback no finished images are kept or taken.
 
         Raises RecipeError (a bad value), BundleError (not built for this), StageError (NaN or
         infinite values, with the step at which they came up).
@@ -89,24 +97,41 @@ class Pipeline:
         asked = Options.of(options)
         if asked.profile is None and self.power_state is not None:
             asked = replace(asked, profile=self.model.profiles.chosen(self.power_state()))
-        return self.make(resolve(self.model, prompt, asked), callback_on_step_end)
+        return self.make(resolve(self.model, prompt, asked), callback_on_step_end, watch)
 
-    def make(self, request: Request, callback: CallbackOnStepEnd | None = None) -> Output:
-        """Make the images of a resolved request."""
+    def make(self, request: Request, callback: CallbackOnStepEnd | None = None, watch: Watch | None = None) -> Output:
+        """Make the images of a resolved request, or take them from where finished ones are kept."""
         self._clock = Clock()
+        kept = self.finished if request.seeded and callback is None else None
+        images = None if kept is None else kept.get(request)
+        if images is not None:
+            self._clock.images_read = len(images)
+        else:
+            images = self._made(request, _watching(watch) if callback is None and watch is not None else callback)
+            if kept is not None:
+                kept.put(request, images)
+        return Output(images, request, self._clock.timings(), self.model.name, self.model.digest)
+
+    def _made(self, request: Request, callback: CallbackOnStepEnd | None) -> list[Image] | Floats:
         final = self._denoise(request, callback)
         if request.hires is not None:
             final = self._denoise(second_pass(request, self.model, final), callback)
-        images: list[Image] | Floats = final
-        if request.output_type != "latent":
-            images = pictures.pixels_from_decoded(self.decode(final))
-            if request.output_type == "pil":
-                images = pictures.pil_from_pixels(images)
-        return Output(images, request, self._clock.timings(), self.model.name, self.model.digest)
+        if request.output_type == "latent":
+            return final
+        pixels = pictures.pixels_from_decoded(self.decode(final))
+        return pictures.pil_from_pixels(pixels) if request.output_type == "pil" else pixels
 
     def keep_prompts(self, folder: Path, limit_bytes: int) -> None:
         """Keep prompt embeddings below `folder`, for every process that runs the same text encoder."""
-        self.embedder.disk = PromptCache(folder, self.model.encoder_digest, limit_bytes)
+        self.embedder.disk = PromptCache(DiskCache.at(folder, limit_bytes), self.model.encoder_digest)
+
+    def keep_images(self, folder: Path, limit_bytes: int) -> None:
+        """Keep finished images below `folder`, for every process that runs the same bundle.
+
+        A request that comes again with the same seed, options and output_type gets the same bytes at once.
+        Of a model without a digest, one that is still being built, nothing is kept.
+        """
+        self.finished = ImageCache(DiskCache.at(folder, limit_bytes), self.model.digest) if self.model.digest else None
 
     def warm_up(self) -> float:
         """Open every engine and run it once at the default size, so that the first request finds them ready.
@@ -115,7 +140,8 @@ class Pipeline:
         """
         began = time.perf_counter()
         steps = min(self.model.samplers[self.model.defaults.sampler].num_inference_steps)
-        self("", num_inference_steps=steps, seed=0, output_type="np")
+        # Not by a call, which finished images that are kept may answer without an engine.
+        self._made(resolve(self.model, "", Options(num_inference_steps=steps, seed=0, output_type="np")), None)
         self.warm = True
         return time.perf_counter() - began
 
@@ -307,6 +333,10 @@ class Pipeline:
 
         tiling = self._tiling(array.shape[2], array.shape[3], "HW" if down > 1 else "hw")
         return run(array) if tiling is None else over_tiles(run, array, tiling, up, down)
+
+
+def _watching(watch: Watch) -> CallbackOnStepEnd:
+    return lambda _pipeline, step, _timestep, _arrays: watch(step)
 
 
 def _noise_source(seeds: Sequence[int], shape: tuple[int, ...]) -> Callable[[int], Floats]:

@@ -42,6 +42,7 @@ class Request:
     image      a picture to start from, (1 or N, 3, H, W) float32 in [-1, 1], noised by `strength`
     mask       (1 or N, 1, h, w): 1 where it is painted anew, 0 where it is kept
     clean      the latents of such a picture (N, C, h, w), scaled, in place of `image`
+    seeded     was the seed given, so that the same request means the same images?
     hires      a second pass, at a larger size
     """
 
@@ -68,6 +69,7 @@ class Request:
     tiling: str
     hires: Hires | None
     clean: NDArray[np.float32] | None = None
+    seeded: bool = False
 
     @property
     def first_step(self) -> int | None:
@@ -137,6 +139,7 @@ def resolve(model: Model, prompt: str | Sequence[str] | None, options: Options) 
         latents=noise,
         tiling=tiling,
         hires=hires,
+        seeded=asked.seed is not None,
         **_start(model, asked, len(prompts), **sides),
     )
     second = request if hires is None else second_pass(request, model, None)

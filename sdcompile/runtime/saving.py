@@ -87,7 +87,7 @@ def generate_files(
         pipeline.low_memory = True
     for group in groups:
         part = None if noise is None else noise[len(saved) : len(saved) + len(group)]
-        saved += make_group(pipeline, group, output, latents=part, on_step=partial(_tell, progress, len(saved)))
+        saved += make_group(pipeline, group, output, latents=part, watch=partial(_tell, progress, len(saved)))
         progress(len(saved), 0, 0)
     return saved
 
@@ -106,7 +106,7 @@ def make_group(
     output: Path,
     *,
     latents: Any = None,
-    on_step: Any = None,
+    watch: Callable[[int], None] | None = None,
     number: int | None = None,
 ) -> list[Saved]:
     """Make one group of images and write them. With `number`, that of its first image, files are named by
@@ -120,7 +120,7 @@ def make_group(
         [image.prompt for image in group],
         negative_prompt=[default if image.negative_prompt is None else image.negative_prompt for image in group],
         seed=[image.seed for image in group],
-        callback_on_step_end=on_step,
+        watch=watch,
         **options,
     )
     timings = made.timings
@@ -139,9 +139,7 @@ def make_group(
     return saved
 
 
-def _tell(
-    progress: Progress, done: int, pipeline: Pipeline, step: int, timestep: float, kwargs: dict[str, Any]
-) -> None:
+def _tell(progress: Progress, done: int, step: int) -> None:
     progress(done, step + 1, 0)
 
 

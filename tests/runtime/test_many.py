@@ -14,6 +14,7 @@ import pytest
 
 from sdcompile.errors import RecipeError, StageError
 from sdcompile.runtime import load, workers
+from sdcompile.runtime.diskcache import DiskCache
 from sdcompile.runtime.many import INDEX, generate_many
 from sdcompile.runtime.options import Options
 from sdcompile.runtime.pipeline import Pipeline
@@ -115,7 +116,7 @@ def test_embeddings_are_shared_by_pipelines_and_damage_is_computed_anew(tmp_path
 
 def test_the_cache_keeps_what_was_used_last_and_tells_encoders_apart(tmp_path: Path) -> None:
     row = {"states": np.ones((6, 5), np.float32)}
-    cache = PromptCache(tmp_path, "one", 3000)
+    cache = PromptCache(DiskCache(tmp_path, 3000), "one")
     for number in range(9):
         cache.put(f"prompt {number}", "off", row)
         for path in tmp_path.glob("*.npz"):
@@ -124,7 +125,7 @@ def test_the_cache_keeps_what_was_used_last_and_tells_encoders_apart(tmp_path: P
     assert cache.get("prompt 1", "off") is None
     assert cache.get("prompt 8", "off") is not None
     assert cache.get("prompt 0", "a1111") is None
-    assert PromptCache(tmp_path, "other").get("prompt 0", "off") is None
+    assert PromptCache(DiskCache(tmp_path, 3000), "other").get("prompt 0", "off") is None
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3000
 
 
@@ -134,3 +135,16 @@ def test_warming_up_opens_every_engine_and_changes_no_picture(bundle: Path) -> N
         made = warm("?", seed=1, output_type="np")
         assert made.timings["open_s"] == 0
         assert np.array_equal(made.images, cold("?", seed=1, output_type="np").images)
+
+
+def test_many_images_are_taken_from_those_that_are_kept(bundle: Path, tmp_path: Path) -> None:
+    caches = {"image_cache": tmp_path / "kept"}
+    made = {}
+    for name in ("first", "second"):
+        saved = generate_many(
+            bundle, ROWS, tmp_path / name, common=Options(seed=5), count=1, threads=1, caches=caches,
+            progress=lambda *_: None,
+        )  # fmt: skip
+        made[name] = contents(tmp_path / name)
+    assert made["first"] == made["second"]
+    assert [image.seconds for image in saved] == [0] * 4, "nothing was computed the second time"
