@@ -212,7 +212,11 @@ def _fallback_component(work: Build, missed: _Missed) -> str | None:
     if work.recipe.verify.on_fail != "fallback":
         return None
     family = FAMILIES[work.recipe.family]
-    candidates = [missed.component] if missed.component != PIPELINE else [family.denoiser, *family.required]
+    candidates = [missed.component]
+    if missed.component == PIPELINE:
+        if missed.report["worst"]["passed"]:
+            return None  # what step caching costs, it costs in every precision
+        candidates = [family.denoiser, *family.required]
     for name in candidates:
         if (
             work.recipe.effective(name).precision != "fp32"

@@ -8,6 +8,8 @@ Shape letters, used in every `TensorSpec.dims`:
     B  images in one call (VAE)              T     tokens the denoiser attends to
     R  rows of one denoiser or text-encoder  H, W  pixels
        call: images, doubled by guidance     h, w  latents
+
+"h/2" is half of what h is: a side further down inside a denoiser.
 """
 
 from __future__ import annotations
@@ -44,6 +46,23 @@ Shapes = Mapping[str, Range]
 """Range per shape letter; bound once, by the family, when a recipe is planned."""
 
 
+DEEP = "deep"
+"""What a denoiser built for step caching gives besides its output, and its shallow stand-in takes: the hidden
+state at which the two part (see `Family.step_cached`)."""
+
+
+def split(dim: str) -> tuple[str, int]:
+    """A dimension of a `TensorSpec` that is no fixed size -> its shape letter, and what that is divided by."""
+    letter, _, divisor = dim.partition("/")
+    return letter, int(divisor or 1)
+
+
+def range_of(dim: str, shapes: Shapes) -> Range:
+    """What a dimension such as "h" or "h/2" may be."""
+    letter, divisor = split(dim)
+    return Range(*(value // divisor for value in shapes[letter]))
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One named input or output. `dims` mixes shape letters and fixed sizes; `dtype` is numpy's name."""
@@ -54,7 +73,7 @@ class TensorSpec:
 
     def shape(self, shapes: Shapes, which: Literal["min", "opt", "max"]) -> tuple[int, ...]:
         """The concrete shape with every letter at its `min`, `opt` or `max`."""
-        return tuple(getattr(shapes[d], which) if isinstance(d, str) else d for d in self.dims)
+        return tuple(getattr(range_of(d, shapes), which) if isinstance(d, str) else d for d in self.dims)
 
     def letters(self) -> dict[int, str]:
         """Axis number -> shape letter, for the axes that are not fixed."""
@@ -80,7 +99,7 @@ class ComponentSpec:
     def dynamic_letters(self, shapes: Shapes) -> tuple[str, ...]:
         """The letters of the inputs that are not static, in order of appearance."""
         seen = dict.fromkeys(d for t in self.inputs for d in t.dims if isinstance(d, str))
-        return tuple(letter for letter in seen if not shapes[letter].is_static)
+        return tuple(letter for letter in seen if not range_of(letter, shapes).is_static)
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from sdcompile.backends.base import Backend, Card, Host, Probe, card_from_job, read_card, write_card
 from sdcompile.errors import StageError
 from sdcompile.files import link_tree
-from sdcompile.spec import Job, TensorSpec
+from sdcompile.spec import Job, TensorSpec, split
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,9 +92,12 @@ class StubEngine:
         return tuple(self._size(d, letters) if isinstance(d, str) else d for d in tensor.dims)
 
     def _size(self, letter: str, letters: Mapping[str, int]) -> int:
-        """The letter as fed; H from h, W from w and back by the ratio of their built shapes."""
+        """The letter as fed; H from h, W from w and back by the ratio of their built shapes; h/2 from h."""
         if letter in letters:
             return letters[letter]
+        letter, divisor = split(letter)
+        if divisor > 1:
+            return self._size(letter, letters) // divisor
         twin = letter.swapcase()
         built = self._card.shapes
         return letters[twin] * built[letter].opt // built[twin].opt

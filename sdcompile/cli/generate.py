@@ -68,6 +68,9 @@ def generate(
     early_stop: Annotated[
         str | None, _text("--early-stop", "Finish an image that changes by less: 1e-4, or 1e-4:5.", "NUMBER", _SAMPLING)
     ] = None,
+    step_cache: Annotated[
+        str | None, _text("--step-cache", "off, or N: one whole step in every N, shallow ones between.", "N", _SAMPLING)
+    ] = None,
     image: Annotated[Path | None, _text("--image", "A picture to start from.", "FILE", _PICTURE)] = None,
     mask_image: Annotated[
         Path | None, _text("--mask-image", "Where to paint it anew: white; black is kept.", "FILE", _PICTURE)
@@ -126,7 +129,7 @@ def generate(
         negative_prompt=negative_prompt, num_inference_steps=steps, guidance_scale=guidance_scale, sampler=sampler,
         seed=seed, num_images_per_prompt=count, prompt_weighting=prompt_weighting,
         guidance_schedule=guidance_schedule, guidance_interval=guidance_interval, guidance_rescale=guidance_rescale,
-        stages=stages, early_stop=early_stop, image=image, mask_image=mask_image,
+        stages=stages, early_stop=early_stop, step_cache=step_cache, image=image, mask_image=mask_image,
         strength=strength, profile=profile, tiling=tiling, hires=hires, **sides,
     )  # fmt: skip
     rows = [promptfiles.Row(text) for text in prompt or ()] + (promptfiles.read(prompts) if prompts else [])

@@ -30,6 +30,11 @@ Summary = Annotated[
 ]
 
 
+StepCache = Annotated[
+    str | None, typer.Option("--step-cache", help="off, or N: one whole step in every N.", metavar="N")
+]
+
+
 @app.command(short_help="Seconds, memory and energy, in turns.", rich_help_panel="Measure")
 @reported
 def bench(
@@ -51,6 +56,9 @@ def bench(
     guidance_scale: Guidance = None,
     sampler: Sampler = None,
     size: Size = None,
+    step_cache: Annotated[
+        str, typer.Option("--step-cache", help="Measure each bundle with each of these: off,3.", metavar="VALUES")
+    ] = "",
     prompt: Annotated[str | None, typer.Option("--prompt", help="One prompt for all images.")] = None,
     seed: Seed = 0,
     memory: Annotated[str, typer.Option("--memory", help="How bundles are opened: auto, low, high.")] = "auto",
@@ -83,7 +91,14 @@ def bench(
     height, width = _sides(size)
     ask = contenders.Ask(steps, guidance_scale, sampler, height, width)
     settings = benches.Settings(
-        processes, images, threads or machine.threads(), benches.batch_sizes(batch), seed, prompt, memory
+        processes,
+        images,
+        threads or machine.threads(),
+        benches.batch_sizes(batch),
+        seed,
+        prompt,
+        memory,
+        benches.step_caches(step_cache),
     )
     peers = list(dict.fromkeys(name.strip() for name in vs.split(","))) if vs else []
     model = sources.folders(bundles[0], source or ()) if peers else {}
@@ -121,6 +136,7 @@ def evaluate(
     guidance_scale: Guidance = None,
     sampler: Sampler = None,
     size: Size = None,
+    step_cache: StepCache = None,
     seed: Seed = 2024,
     min_alignment: Annotated[
         float | None, typer.Option("--min-alignment", help="Exit with 5 below this mean prompt alignment.")
@@ -152,7 +168,7 @@ def evaluate(
     height, width = _sides(size)
     asked = evaluating.Asked(
         contenders.Ask(steps, guidance_scale, sampler, height, width), prompts, prompts_file, seed, reference,
-        features, real,
+        features, real, step_cache,
     )  # fmt: skip
     sources = [source or ()] * len(bundles)
     with console.progressing(json_mode=json) as say:

@@ -147,7 +147,19 @@ def _figures(reports: Mapping[str, Facts]) -> Table:
             floors,
             Text("passed" if passed else "FAILED", style="green" if passed else "bold red"),
         )
+        if cost := report.get("step_cache"):
+            least = cost["floor"]["min_psnr_db"]
+            table.add_row(
+                "cost of cached steps", f"every {cost['every']} of {cost['num_inference_steps']}", "", _cost(cost),
+                "none" if least is None else f"{least:g} dB",
+                Text("passed" if cost["passed"] else "FAILED", style="green" if cost["passed"] else "bold red"),
+            )  # fmt: skip
     return table
+
+
+def _cost(cost: Facts) -> str:
+    """What step caching costs, in words."""
+    return f"PSNR {cost['psnr_db']['min']:.1f} dB (mean {cost['psnr_db']['mean']:.1f}) to images without"
 
 
 def manifest(facts: Facts) -> Iterator[Any]:
@@ -176,6 +188,12 @@ def manifest(facts: Facts) -> Iterator[Any]:
         held = sum(f["bytes"] for path, f in data["files"].items() if path.startswith(f"components/{name}/"))
         table.add_row(Text(name), entry["backend"], entry["precision"], Text(_verdict(entry)), size(held))
     yield table
+    if cost := data["verification"].get("images", {}).get("step_cache"):
+        depths = (entry["params"].get("step_cache_depth") for entry in data["components"].values())
+        yield (
+            f"cached steps, one of every {cost['every']} whole, depth {next(d for d in depths if d)}: "
+            f"in {cost['num_inference_steps']} steps {_cost(cost)}"
+        )
     changed = {n: {"passes": e.get("effects", ()), "race": e.get("race")} for n, e in data["components"].items()}
     if any(row["passes"] or row["race"] for row in changed.values()):
         yield from effects(changed)

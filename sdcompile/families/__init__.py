@@ -34,9 +34,12 @@ class Family:
     folders            component -> folder of the source that holds its weights
     required           components every text-to-image bundle needs
     denoiser           the component called once per sampling step
+    shallow            the component that stands in for it on steps that reuse deep features
     replaceable        component that may come from a source of its own -> configs -> why that one does not fit
     components         configs -> component -> ComponentSpec (checks the configs; RecipeError)
     shapes             (request, configs) -> Range per shape letter (RecipeError when illegal)
+    step_cached        (configs, specs, depth) -> specs of a denoiser that also gives `spec.DEEP`, and of `shallow`,
+                       which takes it (RecipeError where the denoiser cannot be cut there)
     facts              configs -> JSON-able facts the runtime needs (latents, tokens, guidance)
     load_module        (component, checkpoint folder, params) -> nn.Module whose forward takes
                        the spec's inputs in order and returns the spec's outputs
@@ -49,8 +52,10 @@ class Family:
     folders: Mapping[str, str]
     required: tuple[str, ...]
     denoiser: str
+    shallow: str
     replaceable: Mapping[str, Callable[[Configs], list[str]]]
     components: Callable[[Configs], dict[str, ComponentSpec]]
+    step_cached: Callable[[Configs, Mapping[str, ComponentSpec], int], dict[str, ComponentSpec]]
     shapes: Callable[[ShapeRequest, Configs], Shapes]
     facts: Callable[[Configs], dict[str, Any]]
     load_module: Callable[[str, Path, Mapping[str, Any]], nn.Module]

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompile.errors import RecipeError
+from sdcompile.families import sd_stepcache
+from sdcompile.families.sd_stepcache import SHALLOW
 from sdcompile.spec import ComponentSpec, Range, Shapes, TensorSpec
 
 if TYPE_CHECKING:
@@ -19,9 +21,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 name = "sd"
-folders = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
+folders = {
+    "text_encoder": "text_encoder", "unet": "unet", SHALLOW: "unet", "vae_decoder": "vae", "vae_encoder": "vae",
+}  # fmt: skip
 required = ("text_encoder", "unet", "vae_decoder")
 denoiser = "unet"
+shallow = SHALLOW
+step_cached = sd_stepcache.step_cached
 params = {"text_encoder": ("clip_skip",)}
 
 _CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}

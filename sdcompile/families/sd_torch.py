@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from sdcompile import edits
+from sdcompile.families import sd_stepcache_torch
+from sdcompile.families.sd_stepcache import SHALLOW
 
 # low_cpu_mem_usage keeps fp32 safetensors memory-mapped instead of copying them.
 _DIFFUSERS = {"dtype": torch.float32, "low_cpu_mem_usage": True, "local_files_only": True, "use_safetensors": True}
@@ -118,7 +120,12 @@ def _model(kind: Any, folder: Path) -> Any:
 
 
 def _unet(folder: Path, params: Mapping[str, Any]) -> nn.Module:
-    return Denoiser(_model(UNet2DConditionModel, folder))
+    unet, depth = _model(UNet2DConditionModel, folder), params.get("step_cache_depth")
+    return Denoiser(unet) if depth is None else sd_stepcache_torch.WithDeep(unet, depth)
+
+
+def _unet_cached(folder: Path, params: Mapping[str, Any]) -> nn.Module:
+    return sd_stepcache_torch.Shallow(_model(UNet2DConditionModel, folder), params["step_cache_depth"])
 
 
 _DECODERS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
@@ -140,6 +147,7 @@ def _vae_encoder(folder: Path, params: Mapping[str, Any]) -> nn.Module:
 LOADERS: dict[str, Callable[[Path, Mapping[str, Any]], nn.Module]] = {
     "text_encoder": _text_encoder,
     "unet": _unet,
+    SHALLOW: _unet_cached,
     "vae_decoder": _vae_decoder,
     "vae_encoder": _vae_encoder,
 }

@@ -28,6 +28,7 @@ from sdcompile.measure.contenders import Ask, Contender, of_bundles, of_peer
 from sdcompile.measure.peers import PEERS, REFERENCE
 from sdcompile.measure.prompts import prompts_for
 from sdcompile.measure.running import Running
+from sdcompile.runtime import values
 from sdcompile.spec import Say, say_nothing
 
 FORMAT = 1
@@ -44,6 +45,7 @@ class Settings:
     images     timed images per process, after a first one that is kept apart
     batches    batch sizes whose throughput is measured besides one image at a time
     memory     how bundles are opened (see `runtime.load`)
+    step_caches  values of step_cache with each of which every bundle is measured; () = its own default
     """
 
     processes: int = 3
@@ -53,6 +55,15 @@ class Settings:
     seed: int = 0
     prompt: str | None = None
     memory: str = "auto"
+    step_caches: tuple[str, ...] = ()
+
+
+def step_caches(text: str) -> tuple[str, ...]:
+    """ "off,3" -> ("off", "3"). Raises RecipeError for what is no value of step_cache."""
+    words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    for word in words:
+        values.step_cache(word)
+    return words
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -99,7 +110,7 @@ def bench(
     settings = settings or Settings()
     meter = energy.meter()
     with tempfile.TemporaryDirectory(prefix="sdcompile-bench-") as scratch:
-        contenders = of_bundles(bundles, ask or Ask(), settings.threads, settings.memory)
+        contenders = of_bundles(bundles, ask or Ask(), settings.threads, settings.memory, settings.step_caches)
         contenders += [of_peer(name, contenders[0], model, Path(scratch)) for name in peers]
         prompts = [settings.prompt] if settings.prompt else _prompts(bundles[0], settings)
         records = {contender.name: _Record() for contender in contenders}

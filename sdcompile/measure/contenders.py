@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sdcompile import bundle, machine
 from sdcompile.errors import HostError, RecipeError
+from sdcompile.families import FAMILIES
 from sdcompile.measure.peers import PEERS
+from sdcompile.runtime import values
 
 _PEERS_FOLDER = "SDCOMPILE_PEERS"
 
@@ -58,10 +60,35 @@ class Contender:
         return count, channels, self.job["call"]["height"] // factor, self.job["call"]["width"] // factor
 
 
-def of_bundles(paths: Sequence[Path], ask: Ask, threads: int, memory: str) -> list[Contender]:
-    """The bundles at `paths`. Raises RecipeError when one is named twice or lacks the asked sampler."""
-    names = _names(paths)
-    return [_of_bundle(path, name, ask, threads, memory) for path, name in zip(paths, names, strict=True)]
+def of_bundles(
+    paths: Sequence[Path], ask: Ask, threads: int, memory: str, step_caches: Sequence[str] = ()
+) -> list[Contender]:
+    """The bundles at `paths`, each once for every one of `step_caches`, or as it is by default.
+
+    Raises RecipeError when one is named twice or lacks the asked sampler or the engine that step caching needs.
+    """
+    found = []
+    for path, name in zip(paths, _names(paths), strict=True):
+        plain = _of_bundle(path, name, ask, threads, memory)
+        found += [_with_step_cache(plain, value) for value in step_caches] or [plain]
+    return found
+
+
+def _with_step_cache(plain: Contender, value: str) -> Contender:
+    """`plain`, asked for this step_cache."""
+    require_step_cache(bundle.read(Path(plain.job["bundle"])), value)
+    call = {**plain.job["call"], "step_cache": value}
+    return replace(plain, name=f"{plain.name}, step cache {value}", job={**plain.job, "call": call})
+
+
+def require_step_cache(manifest: bundle.Manifest, value: str) -> None:
+    """Raise RecipeError when `value` is none of step_cache, or the bundle lacks the engine it needs."""
+    shallow = FAMILIES[manifest.family].shallow
+    if values.step_cache(value) is not None and shallow not in manifest.components:
+        raise RecipeError(
+            f"{manifest.name} has no {shallow}, so it cannot take --step-cache {value}",
+            "build it with: --set 'components.unet.step_cache={every: 3}'",
+        )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -119,7 +146,8 @@ def of_peer(name: str, like: Contender, model: Mapping[str, Path], scratch: Path
     manifest = bundle.read(Path(like.job["bundle"]))
     sampler = manifest.samplers[like.job["sampler"]]
     own = [f"sampler {like.job['sampler']}, which is fitted"] if sampler.fit else []
-    own += [f"{option}, a default of {like.name}" for option in manifest.defaults.options]
+    # Reused features are an approximation, as int8 is: peers are asked for the same picture without it.
+    own += [f"{option}, a default of {like.name}" for option in manifest.defaults.options if option != "step_cache"]
     row = PEERS[name]
     decoder = model.get("vae_decoder")
     if decoder is not None and row.export:
@@ -129,8 +157,9 @@ def of_peer(name: str, like: Contender, model: Mapping[str, Path], scratch: Path
             f"{name} does not know {', '.join(own)}: it would answer another request",
             "measure a bundle without it, or leave --vs out; another sampler: --sampler NAME",
         )
+    call = {key: value for key, value in like.job["call"].items() if key != "step_cache"}
     job = {
-        **like.job, "kind": name, "source": str(source.resolve()), "scheduler": sampler.scheduler,
+        **like.job, "call": call, "kind": name, "source": str(source.resolve()), "scheduler": sampler.scheduler,
         "scheduler_config": sampler.config, "exported": str(scratch / row.export) if row.export else None,
         "decoder": str(decoder.resolve()) if decoder else None,
     }  # fmt: skip

@@ -44,9 +44,13 @@ class Request:
         return cls(seed=seed, negative_prompt=defaults.negative_prompt, **asked)
 
 
-def draw(pipeline: Pipeline, prompts: Sequence[str], request: Request, say: Say) -> NDArray[np.float32]:
-    """Pictures (N, H, W, 3) in [0, 1], as many at a time as the engines take."""
+def draw(
+    pipeline: Pipeline, prompts: Sequence[str], request: Request, say: Say, step_cache: str | None = None
+) -> NDArray[np.float32]:
+    """Pictures (N, H, W, 3) in [0, 1], as many at a time as the engines take; step_cache None = the pipeline's own."""
     call = {key: value for key, value in request.as_json().items() if key != "seed"}
+    if step_cache is not None:
+        call["step_cache"] = step_cache
     size = pipeline.model.shapes["B"].max
     made = []
     for first in range(0, len(prompts), size):

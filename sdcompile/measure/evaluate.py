@@ -18,7 +18,7 @@ from sdcompile import __version__, bundle, metrics
 from sdcompile.console import SayObserver
 from sdcompile.errors import RecipeError, VerifyError
 from sdcompile.measure.bench import host
-from sdcompile.measure.contenders import Ask
+from sdcompile.measure.contenders import Ask, require_step_cache
 from sdcompile.measure.drawing import Request, draw, read_pictures, write_pictures
 from sdcompile.measure.prompts import is_tiny, prompts_for, prompts_from
 from sdcompile.measure.reference import reference_of
@@ -47,6 +47,7 @@ class Asked:
     prompts_file  prompts, one a line, instead of `prompts` ones of the model's own world
     reference     compare with what torch draws in fp32
     features      a vision model's folder or hub id; real: a folder of pictures for FID and KID
+    step_cache    of the bundles' requests; None = their own default. The reference reuses no features
     """
 
     ask: Ask
@@ -56,6 +57,7 @@ class Asked:
     reference: bool = True
     features: str | None = None
     real: Path | None = None
+    step_cache: str | None = None
 
 
 def evaluate(
@@ -85,6 +87,8 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for folder, source in zip(bundles, sources, strict=True):
         manifest = bundle.read(folder)
+        if asked.step_cache is not None:
+            require_step_cache(manifest, asked.step_cache)
         prompts = prompts_from(asked.prompts_file) or prompts_for(manifest, asked.prompts, asked.seed)
         request = Request.of(manifest.defaults, asked.ask, asked.seed)
         reference = None
@@ -92,8 +96,11 @@ def evaluate(
             made = reference_of(folder, manifest, source, store, SayObserver(say), offline=offline)
             reference = made.pictures(prompts, request, named(say, "reference"))
         with load(folder) as pipeline:
-            pictures = draw(pipeline, prompts, request, named(say, manifest.name))
+            pictures = draw(pipeline, prompts, request, named(say, manifest.name), asked.step_cache)
         row = judge(folder, pictures, prompts, request, reference, features, real)
+        step_cache = manifest.defaults.options.get("step_cache") if asked.step_cache is None else asked.step_cache
+        if step_cache is not None:
+            row["step_cache"] = step_cache
         if output is not None:
             # Two bundles of one name (an old and a new build, say) keep their pictures apart.
             taken = sum(other["name"] == manifest.name for other in rows)

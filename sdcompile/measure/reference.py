@@ -65,7 +65,8 @@ class Reference:
         manifest = self.manifest
         model = Model.from_parts(
             "reference", manifest.family, manifest.facts, manifest.ranges(),
-            self.folders["pipeline.compile.tokenizer"], self.folders[_tables(self.work.plan)], manifest.defaults,
+            self.folders["pipeline.compile.tokenizer"], self.folders[_tables(self.work.plan)],
+            manifest.defaults.model_copy(update={"options": _without_step_cache(manifest.defaults.options)}),
         )  # fmt: skip
 
         def open_engine(component: str) -> Engine:
@@ -102,8 +103,15 @@ def reference_recipe(manifest: Manifest, recipe: Mapping[str, Any]) -> Recipe:
     components = {
         name: {key: value for key, value in row.items() if key in family.fields(name)}
         for name, row in recipe.get("components", {}).items()
+        if name != family.shallow
     }
     keep = ("version", "family", "source", "source_config", "shapes", "samplers", "sampler_steps", "defaults")
     data: dict[str, Any] = {key: recipe[key] for key in keep if key in recipe}
+    data["defaults"] = _without_step_cache(data.get("defaults", {}))
     data |= {"name": f"{manifest.name}-reference", "backend": "reference", "precision": "fp32"}
     return Recipe.model_validate({**data, "components": components}, context=known_names())
+
+
+def _without_step_cache(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Reused features are an approximation, as int8 is, and no part of what is asked."""
+    return {name: value for name, value in options.items() if name != "step_cache"}

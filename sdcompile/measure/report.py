@@ -163,6 +163,11 @@ def _verification(verify: Data) -> Iterator[str]:
         title = "whole images" if name == "pipeline" else name
         rows.append((title, report["backend"], report["precision"], f"{worst[unit]:.1f}", f"{floor:g}",
                      str(len(report["samples"])), words))  # fmt: skip
+        if cost := report.get("step_cache"):
+            least = cost["floor"]["min_psnr_db"]
+            rows.append((f"cost of cached steps (every {cost['every']})", "", "", f"{cost['psnr_db']['min']:.1f}",
+                         "none" if least is None else f"{least:g}", str(cost["images"]),
+                         "passed" if cost["passed"] else "FAILED"))  # fmt: skip
         timed = [(s["timestep"], s["snr_db"]) for s in report["samples"] if s.get("timestep") is not None]
         if timed:
             series[name], floors[name] = timed, floor

@@ -133,9 +133,11 @@ def evaluation(result: Result) -> list[Table]:
     )  # fmt: skip
     request = rows[0]["request"]
     against = "; PSNR, SSIM and GMSD against the fp32 reference from the same noise" if "psnr_db" in figures else ""
+    cached = ", ".join(f"{row['name']} {row['step_cache']}" for row in rows if row.get("step_cache") is not None)
     notes = (
         f"{rows[0]['prompts']} prompts, seeds from {request['seed']}, {request['num_inference_steps']} steps of "
-        f"{request['sampler']}, guidance {request['guidance_scale']:g}; means with standard errors{against}.",
+        f"{request['sampler']}, guidance {request['guidance_scale']:g}; means with standard errors{against}."
+        + (f" Step cache: {cached}." if cached else ""),
     )
     columns = ("", *(QUALITY[name] for name in figures), *(_SETS[name] for name in sets))
     worst = tuple(

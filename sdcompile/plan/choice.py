@@ -25,6 +25,7 @@ class Planned(NamedTuple):
 
 class Choice(NamedTuple):
     """`params` are those of the torch module and the engine; `passes` stand in the order in which they run;
+    `of_pruned` says that the checkpoint is another component's, which was pruned;
     `rest` is the precision of what int8 leaves unquantized, and `speedup` what int8 must bring over it (None: nothing).
     """
 
@@ -34,6 +35,7 @@ class Choice(NamedTuple):
     passes: tuple[Planned, ...]
     rest: Precision | None = None
     speedup: float | None = None
+    of_pruned: bool = False
 
     @property
     def module_params(self) -> dict[str, Any]:
@@ -43,7 +45,7 @@ class Choice(NamedTuple):
     @property
     def pruned(self) -> bool:
         """Is it another function than the source's, so that the defaults of a precision do not apply?"""
-        return any(p.record.stage == "prune" for p in self.passes)
+        return self.of_pruned or any(p.record.stage == "prune" for p in self.passes)
 
     @property
     def unquantized(self) -> Choice:
@@ -53,7 +55,7 @@ class Choice(NamedTuple):
             p for p in self.passes if p.record.stage == "prune" or p.record.name in self.backend.realises[self.rest]
         ]
         params = {k: v for k, v in self.params.items() if k != "rest"}
-        return Choice(self.backend, self.rest, params, tuple(kept))
+        return Choice(self.backend, self.rest, params, tuple(kept), of_pruned=self.of_pruned)
 
     @property
     def calibrates(self) -> bool:
@@ -81,7 +83,9 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     options = backend.options(**chosen.build)
     faults += [f"components.{name}.build: {fault}" for fault in backend.refuses(precision, options)]
     params = {"family": family.name, "options": options.model_dump(mode="json"), **chosen.params}
-    pruning = recipe.pruning(name)
+    # A shallow stand-in is cut from the denoiser's checkpoint, after the denoiser's pruning.
+    of_pruned = name == family.shallow and bool(recipe.pruning(family.denoiser))
+    pruning = {} if name == family.shallow else recipe.pruning(name)
     faults += [f"components.{name}.prune.{p}: unknown pass '{p}'" for p in pruning if p not in PASSES]
     if pruning and name != family.denoiser:
         faults.append(
@@ -95,14 +99,14 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
         _planned(PASSES[p], {**backend.quantize, **quantize.params} if PASSES[p] is quantizer else {}) for p in names
     ]
     if quantizer is None:
-        return Choice(backend, precision, params, tuple(passes))
+        return Choice(backend, precision, params, tuple(passes), of_pruned=of_pruned)
     rest: Precision = quantize.rest or backend.rests[0]
     if rest not in backend.rests:
         where = f"components.{name}.quantize.rest" if own and own.quantize and own.quantize.rest else "quantize.rest"
         faults.append(f"{where}: beside int8, {backend.name} computes in {' or '.join(backend.rests)}, not in {rest}")
     passes += [_planned(PASSES[p], {}) for p in backend.realises.get(rest, ())]
     speedup = quantize.accept_if.speedup if quantize.accept_if else None
-    return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, speedup)
+    return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, speedup, of_pruned)
 
 
 def _planned(record: Pass, params: Mapping[str, Any]) -> Planned:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdcompile.errors import RecipeError
 from sdcompile.families import FAMILIES
-from sdcompile.plan import memory
+from sdcompile.plan import memory, stepcaching
 from sdcompile.plan.choice import Choice, choose
 from sdcompile.plan.draft import Draft
 from sdcompile.plan.packaging import package
@@ -37,13 +37,14 @@ def resolve(
     what is merely impossible on this machine is marked on the step (`cannot`).
     """
     family = FAMILIES[recipe.family]
-    specs = family.components(source.configs)
     facts = family.facts(source.configs)
     faults: list[str] = []
+    modules = family.components(source.configs)
+    specs = stepcaching.specs_of(recipe, family, source.configs, modules, faults)
     notes = list(source.notes)
     shapes = _collect(faults, lambda: family.shapes(recipe.shape_request, source.configs)) or {}
     names = recipe.wanted(family.required)
-    chosen = {name: choose(recipe, family, source.configs, name, faults) for name in names}
+    chosen = {name: choose(recipe, family, source.configs, name, faults) for name in names if name in specs}
     faults += _faults_of_defaults(recipe, shapes)
     for name in source.parts:
         faults += [f"components.{name}.source: {fault}" for fault in family.replaceable[name](source.configs)]
@@ -80,8 +81,9 @@ def resolve(
     roads: dict[str, _Road] = {}
     for name, choice in chosen.items():
         folder = draft.folder(name)
+        made_of = checkpoints[folder] if name != family.shallow else roads[family.denoiser].forms["checkpoint"]
         roads[name] = _component(
-            draft, name, choice, specs[name], shapes, facts, checkpoints[folder], samples, recipe.opset,
+            draft, name, choice, modules.get(name), specs[name], shapes, facts, made_of, samples, recipe.opset,
             source.fp32_bytes(folder),
         )  # fmt: skip
         notes += [f"{choice.backend.name}: {note}" for note in machine.probes[choice.backend.name].notes]
@@ -108,6 +110,7 @@ def _component(
     draft: Draft,
     name: str,
     choice: Choice,
+    module: ComponentSpec | None,
     spec: ComponentSpec,
     shapes: Shapes,
     facts: Mapping[str, Any],
@@ -116,7 +119,10 @@ def _component(
     opset: int,
     size: int,
 ) -> _Road:
-    """The road of one component from checkpoint to engine, and past a rival where int8 must win."""
+    """The road of one component from checkpoint to engine, and past a rival where int8 must win.
+
+    `module` is the spec of what the checkpoint means, `spec` that of the engine.
+    """
     family = choice.params["family"]
     forms = {"checkpoint": checkpoint}
 
@@ -129,10 +135,13 @@ def _component(
                 inputs["samples"] = samples
             if record.teacher:
                 inputs["teacher"] = checkpoint
-            # Checkpoints are fp32 whatever the engine will be, so engines of all precisions share the pruning.
+            params, of, precision = choice.module_params, spec, choice.precision
+            if kind == "checkpoint":
+                # fp32 and whole whatever the engine will be, so that all engines share the pruning.
+                params, of, precision = stepcaching.plain(params), module or spec, "fp32"
             forms[kind] = draft.add(
-                name, record.name, inputs, {"family": family, **choice.module_params, **planned.params}, spec=spec,
-                shapes=shapes, precision="fp32" if kind == "checkpoint" else choice.precision,
+                name, record.name, inputs, {"family": family, **params, **planned.params}, spec=of,
+                shapes=shapes, precision=precision,
                 memory=memory.needed(record.memory, size), disk=size, variant=variant,
             )  # fmt: skip
             passes.append(forms[kind])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sdcompile.plan import stepcaching
 from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft
 from sdcompile.plan.sampling import profiles
@@ -53,7 +54,7 @@ def package(
             "guidance_scale": recipe.defaults.guidance_scale,
             "negative_prompt": recipe.defaults.negative_prompt,
             **default_size(recipe, shapes),
-            "options": recipe.defaults.options,
+            "options": stepcaching.defaults_of(recipe, draft.family),
         },
         "profiles": profiles(recipe),
     }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sdcompile.plan import memory
+from sdcompile.plan import memory, stepcaching
 from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft
 from sdcompile.plan.verification import default_size
@@ -45,7 +45,9 @@ def fitting(
     params = {
         "family": family.name, "facts": family.facts(draft.source.configs), "num_inference_steps": None,
         "guidance_scale": recipe.defaults.guidance_scale,
-        "components": {name: chosen[name].module_params for name in ("text_encoder", family.denoiser)},
+        "components": {
+            name: stepcaching.plain(chosen[name].module_params) for name in ("text_encoder", family.denoiser)
+        },
         "sampler": fits[0]["name"], "size": default_size(recipe, shapes), "fits": fits,
     }  # fmt: skip
     size = draft.source.fp32_bytes(family.folders[family.denoiser])

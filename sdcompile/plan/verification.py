@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sdcompile import metrics
 from sdcompile.backends import STAND_IN
 from sdcompile.models import general_prompts
-from sdcompile.plan import memory
+from sdcompile.plan import memory, stepcaching
 from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft
 from sdcompile.recipe import Recipe
@@ -55,8 +55,9 @@ def calibration(
             f"calibrate.seed: {own.seed} to {own.seed + own.images - 1} overlap the seeds of verification, which "
             f"start at verify.seed {recipe.verify.seed}"
         )
+    shallow = draft.family.shallow
     params = {
-        **_reference(draft, recipe, chosen, shapes),
+        **_reference(draft, recipe, chosen, shapes, step_cache=shallow in wanted),
         "record": wanted,
         "prompts": list(prompts[: own.images]),
         **own.model_dump(include={"seed", "images", "num_inference_steps", "max_samples"}),
@@ -88,8 +89,9 @@ def verification(
     if not all(choice.backend.verifiable for choice in chosen.values()):
         return {}
     verify = recipe.verify
+    step_cache = recipe.settings(draft.family.denoiser).step_cache
     recording = {
-        **_reference(draft, recipe, chosen, shapes),
+        **_reference(draft, recipe, chosen, shapes, step_cache=step_cache is not None),
         "prompts": list(_verify_prompts(recipe, draft.source)),
         "seed": verify.seed,
         "num_inference_steps": verify.num_inference_steps,
@@ -120,6 +122,7 @@ def verification(
             **recording, "backends": {name: choice.backend.name for name, choice in chosen.items()},
             "how": {name: _how(draft, choice) for name, choice in chosen.items()},
             "min_psnr_db": _image_floor_db(recipe, chosen),
+            **({} if step_cache is None else {"step_cache_min_psnr_db": step_cache.min_psnr_db}),
         },
         shapes=shapes, memory=largest,
     )  # fmt: skip
@@ -146,12 +149,19 @@ def default_size(recipe: Recipe, shapes: Shapes) -> dict[str, int]:
     return {"height": recipe.defaults.height or shapes["H"].opt, "width": recipe.defaults.width or shapes["W"].opt}
 
 
-def _reference(draft: Draft, recipe: Recipe, chosen: Mapping[str, Choice], shapes: Shapes) -> dict[str, Any]:
-    """What every run of the reference is told of the model."""
+def _reference(
+    draft: Draft, recipe: Recipe, chosen: Mapping[str, Choice], shapes: Shapes, *, step_cache: bool
+) -> dict[str, Any]:
+    """What every run of the reference is told of the model; with `step_cache`, also how to reuse deep features."""
+    found = recipe.settings(draft.family.denoiser).step_cache
+    components = {name: choice.module_params for name, choice in chosen.items()}
+    if found is None or not step_cache:
+        components = {n: stepcaching.plain(p) for n, p in components.items() if n != draft.family.shallow}
     return {
+        **({"step_cache": found.every} if found is not None and step_cache else {}),
         "family": draft.family.name,
         "facts": draft.family.facts(draft.source.configs),
-        "components": {name: choice.module_params for name, choice in chosen.items()},
+        "components": components,
         "guidance_scale": recipe.defaults.guidance_scale,
         "sampler": recipe.default_sampler,
         "size": default_size(recipe, shapes),

@@ -106,6 +106,9 @@ class RequestDefaults(BaseModel):
     hires: Annotated[Any, _checked("hires")] = Field(
         default=None, description="Make it small, then so many times as large with a strength: 2@0.6."
     )
+    step_cache: Annotated[Any, _checked("step_cache")] = Field(
+        default=None, description='"off", or N: one whole call of the denoiser in every N. Unset = `step_cache.every`.'
+    )
 
     @property
     def options(self) -> dict[str, Any]:

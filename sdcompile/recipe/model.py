@@ -29,6 +29,7 @@ from sdcompile.recipe.fields import (
 )
 from sdcompile.recipe.generation import Profiles
 from sdcompile.recipe.sections import DefaultsRecipe, SamplerRecipe, ShapesRecipe, VerifyRecipe, empty_for_null
+from sdcompile.recipe.stepcache import StepCacheRecipe, base_of, cached
 from sdcompile.spec import Precision
 
 
@@ -42,7 +43,7 @@ class Fault(NamedTuple):
 
 class Effective(NamedTuple):
     """What holds for one component after inheritance. `params` are family fields that were set
-    (clip_skip); `build` are options of `backend`."""
+    (clip_skip, step_cache's depth); `build` are options of `backend`."""
 
     backend: str
     precision: Precision
@@ -88,6 +89,28 @@ class ComponentRecipe(Part):
     quantize: QuantizeRecipe | None = Field(
         default=None, description="How this component is quantized, over what the recipe's `quantize` says."
     )
+    step_cache: StepCacheRecipe | None = Field(
+        default=None,
+        description="Reuse deep features on some steps (unet only): adds a component unet_cached, which inherits "
+        "what is set here and may be listed with settings of its own.",
+    )
+
+    def over(self, base: ComponentRecipe) -> ComponentRecipe:
+        """These settings, and those of `base` where one is not set here."""
+        same_backend = self.backend in (None, base.backend)
+        quantize = self.quantize or base.quantize
+        if self.quantize is not None and base.quantize is not None:
+            quantize = self.quantize.over(base.quantize)
+        return self.model_copy(
+            update={
+                "backend": self.backend or base.backend,
+                "precision": self.precision or base.precision,
+                "build": {**base.build, **self.build} if same_backend else self.build,
+                "prune": self.prune or base.prune,
+                "quantize": quantize,
+                "step_cache": self.step_cache or base.step_cache,
+            }
+        )
 
 
 Components = Annotated[dict[str, ComponentRecipe], BeforeValidator(empty_for_null)]
@@ -175,15 +198,23 @@ class Recipe(Part):
 
     def wanted(self, required: Iterable[str]) -> tuple[str, ...]:
         """The components to build: the family's required ones, and those listed here."""
-        return tuple(dict.fromkeys((*required, *self.components)))
+        shallow = (cached(name) for name, own in self.components.items() if own.step_cache)
+        return tuple(dict.fromkeys((*required, *self.components, *shallow)))
+
+    def settings(self, component: str) -> ComponentRecipe:
+        """What the recipe sets for `component`; a shallow one inherits from the denoiser it stands in for."""
+        own, base = self.components.get(component, ComponentRecipe()), base_of(component)
+        return own if base is None else own.over(self.components.get(base, ComponentRecipe()))
 
     def effective(self, component: str) -> Effective:
         """What holds for `component`. The recipe's `build` options are inherited only by components
         that keep its backend: they mean nothing to another one."""
-        own = self.components.get(component, ComponentRecipe())
+        own = self.settings(component)
         backend = own.backend or self.backend
         inherited = self.build if backend == self.backend else {}
         params = {} if own.clip_skip is None else {"clip_skip": own.clip_skip}
+        if own.step_cache is not None:
+            params["step_cache_depth"] = own.step_cache.depth
         return Effective(backend, own.precision or self.precision, params, {**inherited, **own.build})
 
     @property
@@ -193,12 +224,12 @@ class Recipe(Part):
 
     def pruning(self, component: str) -> PruneParams:
         """Pass of the prune stage -> its parameters, for `component`."""
-        return self.components[component].prune if component in self.components else {}
+        return self.settings(component).prune
 
     def quantizing(self, component: str) -> QuantizeRecipe:
         """How `component` is quantized, if its precision asks for it."""
         default = self.quantize or QuantizeRecipe()
-        own = self.components[component].quantize if component in self.components else None
+        own = self.settings(component).quantize
         return own.over(default) if own else default
 
     def calibration_prompts(self) -> tuple[str, ...] | None:

@@ -12,6 +12,7 @@ from sdcompile.recipe.compression import QuantizeRecipe
 from sdcompile.recipe.fields import did_you_mean
 from sdcompile.recipe.known import Known
 from sdcompile.recipe.sections import VerifyRecipe
+from sdcompile.recipe.stepcache import base_of
 from sdcompile.recipe.words import words
 from sdcompile.recipe.yamltext import Place
 
@@ -43,7 +44,8 @@ def table_faults(data: Mapping[str, Any], known: Known) -> Faults:
         here: Place = ("components", name)
         yield from _option_faults((*here, "build"), _at(known.backends, own.get("backend") or top), own.get("build"))
         yield from _prune_faults((*here, "prune"), known, _mapping(own.get("prune")))
-        yield from _quantize_faults((*here, "quantize"), known, own.get("quantize"), [_chosen(data, own)], name)
+        inherited = {**_mapping(components.get(base_of(name) or name)), **own}
+        yield from _quantize_faults((*here, "quantize"), known, own.get("quantize"), [_chosen(data, inherited)], name)
     everyone = [_chosen(data, _mapping(components.get(name))) for name in dict.fromkeys((*(names or ()), *components))]
     yield from _quantize_faults(("quantize",), known, data.get("quantize"), everyone, "no component")
 

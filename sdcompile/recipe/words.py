@@ -11,6 +11,7 @@ from sdcompile.recipe.compression import AcceptRecipe, CalibrateRecipe, Quantize
 from sdcompile.recipe.fields import did_you_mean, shown
 from sdcompile.recipe.model import ComponentRecipe, Recipe
 from sdcompile.recipe.sections import DefaultsRecipe, FloorRecipe, ShapesRecipe, VerifyRecipe
+from sdcompile.recipe.stepcache import StepCacheRecipe
 from sdcompile.recipe.yamltext import Place
 from sdcompile.spec import PRECISIONS
 
@@ -21,6 +22,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "calibrate": CalibrateRecipe,
     "quantize": QuantizeRecipe,
     "accept_if": AcceptRecipe,
+    "step_cache": StepCacheRecipe,
 }
 
 

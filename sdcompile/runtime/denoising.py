@@ -17,7 +17,8 @@ from sdcompile.families import Family
 from sdcompile.runtime.batches import in_parts
 from sdcompile.runtime.guidance import guided
 from sdcompile.runtime.output import Clock
-from sdcompile.spec import Range
+from sdcompile.runtime.stepcache import DeepFeatures, Row
+from sdcompile.spec import DEEP, Range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +34,7 @@ class Denoiser:
     timesteps, scales   of each call; a scale above 1 guides, unless `takes_scale`
     negative    None when no call is guided
     takes_scale the model takes the guidance scale as an input and is not guided a second time, as in diffusers
+    shallow     the engine that stands in where deep features of an earlier call serve; None: never
     """
 
     engine: Engine
@@ -45,8 +47,13 @@ class Denoiser:
     positive: Mapping[str, Floats]
     negative: Mapping[str, Floats] | None
     clock: Clock
+    shallow: Engine | None = None
+    features: DeepFeatures | None = None
 
-    def __call__(self, model_input: Floats, index: int, images: NDArray[np.intp]) -> Floats:
+    def __call__(
+        self, model_input: Floats, index: int, images: NDArray[np.intp], places: NDArray[np.intp] | None = None
+    ) -> Floats:
+        """`images` says which image a row belongs to; `places` tells the rows of one image apart, where it has many."""
         began = time.perf_counter()
         scale = self.scales[index]
         twice = self.negative is not None and scale > 1
@@ -60,10 +67,24 @@ class Denoiser:
             **conditioning,
             **self.family.guidance_feeds(self.facts, scale, len(sample)),
         }
-        (output,) = in_parts(self.engine, feeds, self.rows).values()
+        numbers = (images if places is None else places).tolist()
+        output, reused = self._answer(index, feeds, [(side, n) for side in ("-", "+")[-len(sides) :] for n in numbers])
         if twice:
             without, along = np.split(output, 2)
             output = guided(without, along, scale, self.rescale)
         self.clock.denoise_s.append(time.perf_counter() - began)
         self.clock.denoise_rows.append(len(sample))
+        self.clock.denoise_shallow.append(reused)
         return output
+
+    def _answer(self, index: int, feeds: Mapping[str, np.ndarray], rows: list[Row]) -> tuple[Floats, bool]:
+        """The output for `feeds`, and whether it was made with deep features of an earlier call."""
+        if self.shallow is None or self.features is None:
+            return next(iter(in_parts(self.engine, feeds, self.rows).values())), False
+        if self.features.serve(index, rows):
+            (output,) = in_parts(self.shallow, {**feeds, DEEP: self.features.of(rows)}, self.rows).values()
+            return output, True
+        made = dict(in_parts(self.engine, feeds, self.rows))
+        self.features.keep(rows, made.pop(DEEP))
+        (output,) = made.values()
+        return output, False

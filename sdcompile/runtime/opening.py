@@ -85,7 +85,7 @@ def _required(folder: Path, manifest: Manifest) -> tuple[str, ...]:
             f"{folder} has no {', '.join(missing)}: images need {', '.join(required)}",
             "build the whole recipe, without --only",
         )
-    return required
+    return (*required, *(name for name in (FAMILIES[manifest.family].shallow,) if name in manifest.components))
 
 
 def _is_tight(manifest: Manifest, components: tuple[str, ...]) -> bool:

@@ -25,6 +25,7 @@ class Options:
     sampler                 one of the model's samplers
     tiling                  "off", or "auto": sizes beyond the built ones are made of tiles (see `tiles`)
     hires                   make it small, then larger: how many times as large, and with what strength
+    step_cache              "off", or N: one whole call of the denoiser in every N (see `stepcache`)
     profile                 a named set of options in the bundle (see `profiles`)
     prompt_weighting        "off" or "a1111" (see `prompts`)
     guidance_schedule, guidance_interval, guidance_rescale   see `guidance`
@@ -55,6 +56,7 @@ class Options:
     strength: Any = None
     tiling: Any = None
     hires: Any = None
+    step_cache: Any = None
     profile: Any = None
 
     @classmethod
@@ -88,5 +90,6 @@ BUILT_IN = Options(
     guidance_schedule="constant",
     guidance_rescale=0.0,
     tiling="off",
+    step_cache="off",
 )
 """What neither a call nor a model says."""

@@ -25,6 +25,7 @@ class Output:
     images    PIL images, (N, H, W, 3) float32 in [0, 1], or latents (N, C, h, w): as `output_type` asked
     request   every argument as resolved: prompts per image, seeds, sampler, steps, size
     timings   seconds: text_encoder_s, denoise_s (one per denoiser step), vae_s, open_s (engines, in all);
+              denoise_shallow (one per denoiser step: were deep features reused?);
               counts: denoise_rows (one per denoiser step), steps (one per image: the denoiser steps it
               took), where prompts came from: prompts_cached (memory), prompts_read (disk), prompts_computed, and
               images_read: finished images that were taken from disk
@@ -78,6 +79,7 @@ def _unusual(request: Request) -> dict[str, str]:
         "early_stop": request.early_stop,
         "tiling": request.tiling if request.tiling != "off" else None,
         "hires": request.hires,
+        "step_cache": request.step_cache,
         "strength": f"{request.strength:g}" if request.image is not None else None,
         "guidance_rescale": f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
     }
@@ -93,6 +95,7 @@ class Clock:
     vae_s: float = 0.0
     open_s: float = 0.0
     denoise_rows: list[int] = field(default_factory=list)
+    denoise_shallow: list[bool] = field(default_factory=list)
     prompts_cached: int = 0
     prompts_read: int = 0
     prompts_computed: int = 0

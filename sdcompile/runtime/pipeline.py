@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ from sdcompile.runtime.output import Clock, Output
 from sdcompile.runtime.profiles import PowerState
 from sdcompile.runtime.promptcache import PromptCache
 from sdcompile.runtime.request import ENCODER, Request, resolve, second_pass
+from sdcompile.runtime.stepcache import DeepFeatures
 from sdcompile.runtime.tiles import Tiling, over_tiles
 from sdcompile.runtime.values import Stage
 
@@ -59,9 +60,9 @@ _REMEMBERED_TABLES = 8
 class Pipeline:
     """Makes images. Engines are opened by `open_engine(component)` when first needed.
 
-    With `low_memory` at most one engine is open at a time. Use as a context manager, or call
-    `close`, to free engines. Where `power_state` is set, the bundle's policy chooses the profile of
-    every request that names none. One request at a time: it is not safe to call from several threads.
+    With `low_memory` at most one engine is open at a time, or the two that take turns in step caching. Use as a
+    context manager, or call `close`, to free engines. Where `power_state` is set, the bundle's policy chooses the
+    profile of every request that names none. One request at a time: it is not safe to call from several threads.
     """
 
     def __init__(self, model: Model, open_engine: Callable[[str], Engine], *, low_memory: bool = False) -> None:
@@ -139,9 +140,13 @@ class Pipeline:
         Returns the seconds it took. Of no use with `low_memory`, which closes engines after use.
         """
         began = time.perf_counter()
-        steps = min(self.model.samplers[self.model.defaults.sampler].num_inference_steps)
+        steps = self.model.samplers[self.model.defaults.sampler].num_inference_steps
+        shallow = self.family.shallow in self.model.components
+        # The shallow engine first runs in the second step.
+        fewest = min((n for n in steps if n > shallow), default=max(steps))
+        asked = Options(num_inference_steps=fewest, step_cache=2 if shallow else "off", seed=0, output_type="np")
         # Not by a call, which finished images that are kept may answer without an engine.
-        self._made(resolve(self.model, "", Options(num_inference_steps=steps, seed=0, output_type="np")), None)
+        self._made(resolve(self.model, "", asked), None)
         self.warm = True
         return time.perf_counter() - began
 
@@ -156,7 +161,7 @@ class Pipeline:
         """The open engine of `component`; with `low_memory`, every other one is closed first."""
         if component not in self._engines:
             if self.low_memory:
-                self.close()
+                self._close_but({self.family.denoiser, self.family.shallow} if component == self.family.shallow else ())
             began = time.perf_counter()
             self._engines[component] = self._open_engine(component)
             self._clock.open_s += time.perf_counter() - began
@@ -164,8 +169,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Close every open engine; the next call opens what it needs again."""
-        while self._engines:
-            self._engines.popitem()[1].close()
+        self._close_but(())
+
+    def _close_but(self, kept: Collection[str]) -> None:
+        for component in [name for name in self._engines if name not in kept]:
+            self._engines.pop(component).close()
 
     def __enter__(self) -> Self:
         return self
@@ -219,6 +227,7 @@ class Pipeline:
         timesteps: tuple[float, ...] = (),
         rescale: float = 0.0,
         weighting: str = "off",
+        step_cache: int | None = None,
     ) -> Denoiser:
         """The denoiser for these prompts, one image each; `scales` and `timesteps` are those of its calls."""
         guided = max(scales) > 1 and not self.model.facts.get("time_cond_proj_dim")
@@ -235,6 +244,8 @@ class Pipeline:
             positive={name: array[-images:] for name, array in embedded.items()},
             negative={name: array[:images] for name, array in embedded.items()} if guided else None,
             clock=self._clock,
+            shallow=None if step_cache is None else self.engine(self.family.shallow),
+            features=None if step_cache is None else DeepFeatures(step_cache),
         )  # fmt: skip
 
     def _denoise(self, request: Request, callback: CallbackOnStepEnd | None) -> Floats:
@@ -249,7 +260,7 @@ class Pipeline:
         keep = None if clean is None or request.mask is None else Kept(table, clean, noise, request.mask)
         denoiser = self.denoiser(
             request.prompts, request.negative_prompts, scales, tuple(call.timestep for call in table.calls),
-            request.guidance_rescale, request.prompt_weighting,
+            request.guidance_rescale, request.prompt_weighting, request.step_cache,
         )  # fmt: skip
         before = self._clock.steps or [0] * len(noise)
         self._clock.steps = [calls + len(table.calls) for calls in before]
@@ -259,7 +270,8 @@ class Pipeline:
             if tiling is None:
                 return denoiser(model_input, index, images)
             of_tiles = np.tile(images, tiling.count)
-            return over_tiles(lambda tiles: denoiser(tiles, index, of_tiles), model_input, tiling)
+            places = of_tiles + len(noise) * np.repeat(np.arange(tiling.count), len(images))
+            return over_tiles(lambda tiles: denoiser(tiles, index, of_tiles, places), model_input, tiling)
 
         def on_step(index: int, timestep: float, latents: Floats) -> Floats | None:
             latents = latents if keep is None else keep.put_back(index, latents)

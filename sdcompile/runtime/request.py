@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import numpy as np
 
 from sdcompile.errors import BundleError, RecipeError
+from sdcompile.families import FAMILIES
 from sdcompile.runtime import conditions, values
 from sdcompile.runtime.model import Model
 from sdcompile.runtime.options import BUILT_IN, Options
@@ -44,6 +45,7 @@ class Request:
     clean      the latents of such a picture (N, C, h, w), scaled, in place of `image`
     seeded     was the seed given, so that the same request means the same images?
     hires      a second pass, at a larger size
+    step_cache  N: of every N calls of the denoiser the first is whole, the others shallow; None = all whole
     """
 
     profile: str | None
@@ -68,6 +70,7 @@ class Request:
     strength: float
     tiling: str
     hires: Hires | None
+    step_cache: int | None
     clean: NDArray[np.float32] | None = None
     seeded: bool = False
 
@@ -139,6 +142,7 @@ def resolve(model: Model, prompt: str | Sequence[str] | None, options: Options) 
         latents=noise,
         tiling=tiling,
         hires=hires,
+        step_cache=_step_cache(model, asked.step_cache),
         seeded=asked.seed is not None,
         **_start(model, asked, len(prompts), **sides),
     )
@@ -198,6 +202,16 @@ def _start(model: Model, asked: Options, images: int, height: int, width: int) -
                 f"{len(array)} {what}s were given for {images} images", "give one for all, or one for each"
             )
     return {"image": image, "mask": mask, "strength": strength}
+
+
+def _step_cache(model: Model, value: Any) -> int | None:
+    every, shallow = values.step_cache(value), FAMILIES[model.family].shallow
+    if every is not None and model.components and shallow not in model.components:
+        raise BundleError(
+            f"this bundle has no {shallow}, which step_cache needs",
+            "leave step_cache out, or rebuild it with: --set 'components.unet.step_cache={every: 3}'",
+        )
+    return every
 
 
 def _strength(asked: Options) -> float:

@@ -234,6 +234,18 @@ def hires(value: Any) -> Hires:
     )
 
 
+def step_cache(value: Any) -> int | None:
+    """N where one of every N calls runs the whole denoiser; None where all do ("off", or 1)."""
+    forms = "off, or N: one whole call of the denoiser in every N, as in 3"
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if value is False or value == "off":  # YAML 1.1 reads off as false
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not value >= 1:
+        raise RecipeError(f"step_cache={value!r} is no number of calls", forms)
+    return value if value > 1 else None
+
+
 def prompt_weighting(value: Any) -> str:
     return choice("prompt_weighting", value, ("off", "a1111"))
 
@@ -253,5 +265,6 @@ CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "early_stop": early_stop,
     "tiling": tiling,
     "hires": hires,
+    "step_cache": step_cache,
 }
 """Option -> its check, for the options that a recipe's defaults may set besides the first few."""

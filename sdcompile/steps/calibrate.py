@@ -15,7 +15,7 @@ import numpy as np
 from sdcompile.runtime.model import Model
 from sdcompile.samples import Writer
 from sdcompile.spec import Job
-from sdcompile.steps.reference import GUIDED, Call, Trajectory, model_of, nearest, play
+from sdcompile.steps.reference import GUIDED, Call, Trajectory, model_of, nearest, play, with_step_cache
 
 # Multiples of the golden ratio's fraction fill [0, 1) evenly, however many are taken.
 _GOLDEN = 0.6180339887498949
@@ -23,6 +23,9 @@ _GOLDEN = 0.6180339887498949
 
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Write the samples form (see `sdcompile.samples`) of the components in job.params["record"] into `out`.
+
+    With job.params["step_cache"] every trajectory is run a second time with cached steps, for the denoiser's shallow
+    stand-in alone, of which as many calls are kept.
 
     inputs and job.params as for `record`, and: images (trajectories to run), max_samples (calls to keep
     of each component). Of every four trajectories one is unguided, and one (another one) is held out;
@@ -33,6 +36,8 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     model = model_of(params, inputs, job)
     planned = list(trajectories(params, job.shapes, model))
     keeping = _Keeping(Writer(out), frozenset(params["record"]), params["max_samples"], len(planned), params["seed"])
+    if "step_cache" in params:
+        planned += [with_step_cache(t, params["step_cache"]) for t in planned]
     for _trajectory, _arrays in play(inputs, job, model, planned, keeping, out):
         pass
     keeping.writer.index([asdict(t) for t in planned])
@@ -94,8 +99,13 @@ class _Keeping:
     def __call__(self, call: Call) -> None:
         if call.component not in self.components:
             return
-        number, steps = int(call.trajectory.id), call.steps if call.step is not None else 1
-        kept = kept_steps(steps, number, self.trajectories, self.max_samples, self.seed)
-        if (call.step or 0) in kept:
+        step, steps = (0, 1) if call.step is None else (call.step, call.steps)
+        if call.trajectory.step_cache != "off":
+            shallow = call.trajectory.shallow_steps(call.steps)
+            if step not in shallow:
+                return
+            step, steps = shallow.index(step), len(shallow)
+        number = call.trajectory.number
+        if step in kept_steps(steps, number, self.trajectories, self.max_samples, self.seed):
             told = {**call.told, "held_out": held_out(number)}
             self.writer.add(call.component, told, call.feeds, call.outputs)

@@ -21,7 +21,7 @@ import torch
 
 from sdcompile import checkpoint
 from sdcompile.errors import StageError
-from sdcompile.spec import ComponentSpec, Job, Shapes
+from sdcompile.spec import ComponentSpec, Job, Shapes, split
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,18 +77,26 @@ def example(spec: ComponentSpec, shapes: Shapes, multiples: Mapping[str, int]) -
         for letter, bounds in shapes.items()
     }
     return tuple(
-        torch.zeros([sizes[d] if isinstance(d, str) else d for d in t.dims], dtype=getattr(torch, t.dtype))
+        torch.zeros([_size(d, sizes) if isinstance(d, str) else d for d in t.dims], dtype=getattr(torch, t.dtype))
         for t in spec.inputs
     )
+
+
+def _size(dim: str, sizes: Mapping[str, int]) -> int:
+    letter, divisor = split(dim)
+    return sizes[letter] // divisor
 
 
 def dynamic_shapes(spec: ComponentSpec, shapes: Shapes, multiples: Mapping[str, int]) -> tuple[dict[int, Any], ...]:
     """Per input: axis -> torch.export dimension. Static letters are left out, so they become constants."""
     dims: dict[str, Any] = {}
-    for letter in spec.dynamic_letters(shapes):
-        unit = multiples.get(letter, 1)
-        # `8*h8` in the file says what sizes the graph takes; a bare `h` would promise too much.
-        dims[letter] = torch.export.Dim(letter) if unit == 1 else unit * torch.export.Dim(f"{letter}{unit}")
+    roots: dict[str, Any] = {}
+    for dim in spec.dynamic_letters(shapes):
+        letter, divisor = split(dim)
+        multiple = multiples.get(letter, 1)
+        # `8*h8` in the file says what sizes the graph takes; a bare `h` would promise too much. Half of it is `4*h8`.
+        root = roots.setdefault(letter, torch.export.Dim(letter if multiple == 1 else f"{letter}{multiple}"))
+        dims[dim] = root if multiple == divisor else multiple // divisor * root
     return tuple({axis: dims[d] for axis, d in t.letters().items() if d in dims} for t in spec.inputs)
 
 

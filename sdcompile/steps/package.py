@@ -117,7 +117,8 @@ def _component(
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
-    keep = ("passed", "floor", "worst", "by_region", "by_shape", "stand_in", "ranges", "proof", "own_decoder")
+    keep = ("passed", "floor", "worst", "by_region", "by_shape", "stand_in", "ranges", "proof", "own_decoder",
+            "step_cache")  # fmt: skip
     return {key: report[key] for key in keep if key in report}
 
 

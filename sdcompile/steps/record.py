@@ -10,11 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdcompile.families import FAMILIES
 from sdcompile.runtime.model import Model
 from sdcompile.samples import Writer, write_images
 from sdcompile.spec import Job
-from sdcompile.steps.reference import GUIDED, REGIONS, Call, Trajectory, decoded_by_source, model_of, nearest, play
+from sdcompile.steps.reference import (
+    GUIDED,
+    REGIONS,
+    Call,
+    Trajectory,
+    decoded_by_source,
+    model_of,
+    nearest,
+    play,
+    with_step_cache,
+)  # fmt: skip
 
 # Enough for every region to hold several steps; a full-size fp32 step takes seconds, so not more.
 STEPS = 10
@@ -28,16 +37,20 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
 
     inputs: one checkpoint folder per source folder (text_encoder, unet, vae), tokenizer, tables.
     job.params: family, facts, components {name: {params}}, prompts, seed, num_inference_steps (None =
-    chosen here), guidance_scale, sampler, size {height, width}. job.shapes: every letter's range.
+    chosen here), guidance_scale, sampler, size {height, width}, step_cache (absent, or `every`).
+    job.shapes: every letter's range.
 
     The prompts are run at the opt shape; a short unguided trajectory covers the min shape (fewest
-    denoiser rows) and a short guided one the max shape. Of each trajectory one step per region is
-    kept, another one for every trajectory. Where another decoder is built, the images of the source's own
-    are kept as well. The same inputs give the same bytes on one machine.
+    denoiser rows) and a short guided one the max shape; with step_cache each is run a second time with
+    cached steps. Of each trajectory one step per region is kept, another one for every trajectory. Where
+    another decoder is built, the images of the source's own are kept as well. The same inputs give the
+    same bytes on one machine.
     """
     model = model_of(job.params, inputs, job)
     planned = list(trajectories(job.params, job.shapes, model))
-    keeping = _Keeping(Writer(out), FAMILIES[job.params["family"]].denoiser)
+    if "step_cache" in job.params:
+        planned += [with_step_cache(t, job.params["step_cache"]) for t in planned]
+    keeping = _Keeping(Writer(out))
     images = {t.id: arrays for t, arrays in play(inputs, job, model, planned, keeping, out)}
     own = decoded_by_source(inputs, job, model, {name: arrays["final"] for name, arrays in images.items()}, out)
     write_images(out, {name: {**arrays, **own.get(name, {})} for name, arrays in images.items()})
@@ -91,14 +104,16 @@ def kept_steps(count: int, trajectory: int) -> dict[int, str]:
 
 @dataclass
 class _Keeping:
-    """Of the denoiser only some steps are kept, of the others every call, up to BUDGET_BYTES."""
+    """Of the denoiser only some steps are kept, of the others every call, up to BUDGET_BYTES.
+
+    Trajectories with cached steps are run for those alone, of which as many are kept.
+    """
 
     writer: Writer
-    denoiser: str
     left_out: int = 0
 
     def __call__(self, call: Call) -> None:
-        if call.step is not None and call.step not in kept_steps(call.steps, int(call.trajectory.id)):
+        if not self._wanted(call):
             return
         size = sum(array.nbytes for array in (*call.feeds.values(), *call.outputs.values()))
         have = self.writer.has(call.component, shape=call.trajectory.shape)
@@ -106,3 +121,10 @@ class _Keeping:
             self.left_out += 1
             return
         self.writer.add(call.component, call.told, call.feeds, call.outputs)
+
+    def _wanted(self, call: Call) -> bool:
+        number = call.trajectory.number
+        if call.trajectory.step_cache == "off":
+            return call.step is None or call.step in kept_steps(call.steps, number)
+        shallow = call.trajectory.shallow_steps(call.steps)
+        return call.step in shallow and shallow.index(call.step) in kept_steps(len(shallow), number)

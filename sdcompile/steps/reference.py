@@ -40,7 +40,10 @@ _DECODER, _ENCODER = "vae_decoder", "vae_encoder"
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One call of the pipeline: its arguments (`call`), and under which name and shape label it is kept."""
+    """One call of the pipeline: its arguments (`call`), and under which name and shape label it is kept.
+
+    `step_cache` is "off" or an `every`; `like` names the trajectory that differs from it in that alone.
+    """
 
     id: str
     prompts: tuple[str, ...]
@@ -52,10 +55,20 @@ class Trajectory:
     height: int
     width: int
     shape: str
+    step_cache: int | str = "off"
+    like: str | None = None
+
+    @property
+    def number(self) -> int:
+        return int(self.id.partition("-")[0])
+
+    def shallow_steps(self, calls: int) -> list[int]:
+        """Of so many calls of the denoiser, those that reuse deep features."""
+        return [step for step in range(calls) if isinstance(self.step_cache, int) and step % self.step_cache]
 
     def call(self) -> dict[str, Any]:
         """The arguments to give a pipeline, but for output_type."""
-        arguments = {k: v for k, v in asdict(self).items() if k not in ("id", "prompts", "shape")}
+        arguments = {k: v for k, v in asdict(self).items() if k not in ("id", "prompts", "shape", "like")}
         return {"prompt": list(self.prompts), **arguments}
 
     @classmethod
@@ -63,9 +76,17 @@ class Trajectory:
         return cls(**{**row, "prompts": tuple(row["prompts"])})
 
 
+def with_step_cache(trajectory: Trajectory, every: int) -> Trajectory:
+    """The same with cached steps."""
+    return replace(trajectory, id=f"{trajectory.id}-cached", step_cache=every, like=trajectory.id)
+
+
 @dataclass(frozen=True)
 class Call:
-    """One call of one component. `step` counts the denoiser's calls of a trajectory, of `steps`; None for others."""
+    """One call of one component. `step` counts the denoiser's calls of a trajectory, of `steps`; None for others.
+
+    A denoiser's shallow stand-in takes part in that count.
+    """
 
     component: str
     trajectory: Trajectory
@@ -129,7 +150,7 @@ def play(
     with tempfile.TemporaryDirectory(dir=scratch, prefix="reference-") as folder:
         references = build_references(family, inputs, job, Path(folder))
         for number, trajectory in enumerate(planned):
-            tap = _Tap(family.denoiser, trajectory, show)
+            tap = _Tap((family.denoiser, family.shallow), trajectory, show)
             # A pipeline of its own, because prompts it met before would not reach the text encoder again.
             with Pipeline(model, partial(_open, references, tap), low_memory=True) as pipeline:
                 table = pipeline.table(trajectory.sampler, trajectory.num_inference_steps)
@@ -186,7 +207,7 @@ class Recorder:
 class _Tap:
     """Tells the calls of one trajectory apart: the denoiser's come in the order of its timesteps."""
 
-    denoiser: str
+    denoisers: tuple[str, ...]
     trajectory: Trajectory
     show: Callable[[Call], None]
     timesteps: tuple[float, ...] = ()
@@ -194,7 +215,7 @@ class _Tap:
 
     def __call__(self, component: str, feeds: Arrays, outputs: Arrays) -> None:
         step = timestep = None
-        if component == self.denoiser:
+        if component in self.denoisers:
             step, self._step = self._step, self._step + 1
             timestep = self.timesteps[step]
         self.show(Call(component, self.trajectory, step, len(self.timesteps), timestep, feeds, outputs))
@@ -206,6 +227,9 @@ def build_references(family: Family, inputs: Mapping[str, Path], job: Job, scrat
     wanted = {name: family.folder(name, inputs) for name in job.params["components"]}
     configs = configs_of(family, inputs)
     specs: Mapping[str, ComponentSpec] = family.components(configs)
+    depth = job.params["components"].get(family.denoiser, {}).get("step_cache_depth")
+    if depth is not None:
+        specs = family.step_cached(configs, specs, depth)
     for name, folder in wanted.items():
         (scratch / name).mkdir()
         params = {"family": family.name, **job.params["components"][name]}

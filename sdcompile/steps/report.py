@@ -61,19 +61,35 @@ def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
 
 
 def _image_fault(report: Report, folder: Path | None) -> VerifyError:
-    worst = report["worst"]
+    worst, cost = report["worst"], report.get("step_cache", {})
+    kept = ["kept: " + ", ".join(_at(folder, name) for name in report["kept"])] if report.get("kept") else []
+    if not cost.get("passed", True) and worst["passed"]:
+        lines = [_step_cache_shortfall(cost), f"worst image: {_described(cost['worst'])}", *kept]
+        return VerifyError("\n".join(lines), _STEP_CACHE_HINT)
     lines = [
         f"{_subject(report)}whole images do not agree with the fp32 reference: {_shortfall(report)}",
         f"worst image: {_described(worst)}",
+        *kept,
     ]
-    if kept := report.get("kept"):
-        lines.append("kept: " + ", ".join(_at(folder, name) for name in kept))
     hint = (
         "look at the two pictures; if the difference is one you accept, lower `verify: {min_image_psnr_db: ...}`, "
         "else widen the precision (`components: {unet: {precision: fp32}}`) or let the build do it "
         "(`verify: {on_fail: fallback}`)"
     )
     return VerifyError("\n".join(lines), hint)
+
+
+_STEP_CACHE_HINT = (
+    "run the whole denoiser more often or cut it deeper (`components: {unet: {step_cache: {every: ..., depth: ...}}}`) "
+    "or, if you accept the difference, lower its min_psnr_db"
+)
+
+
+def _step_cache_shortfall(cost: Report) -> str:
+    return (
+        f"images with cached steps (every {cost['every']} of {cost['num_inference_steps']}) are too far from the "
+        f"reference's without: PSNR {cost['psnr_db']['min']:.1f} dB, floor {cost['floor']['min_psnr_db']:g} dB"
+    )
 
 
 def stood_in(report: Report) -> str:
@@ -136,6 +152,8 @@ def _described(worst: Report) -> str:
     if worst.get("step") is not None:
         parts.append(f"step {worst['step']} (timestep {worst['timestep']:g}, {worst['region']})")
     parts.append(f"{worst['shape']} shape")
+    if worst.get("step_cache", "off") != "off":
+        parts.append(f"step_cache {worst['step_cache']}, as in the reference")
     return ", ".join(parts)
 
 
@@ -172,6 +190,9 @@ def _cases(name: str, report: Report) -> Iterator[tuple[str, str | None]]:
     if name == PIPELINE:
         for row in report["samples"]:
             yield f"image {row['id']} ({row['shape']})", None if row["passed"] else _row_failure(row, report)
+        if cost := report.get("step_cache"):
+            failure = None if cost["passed"] else f"{_step_cache_shortfall(cost)}\n{_described(cost['worst'])}"
+            yield f"cost of step caching, {cost['images']} images", _xml_safe(failure) if failure else None
         return
     for shape, row in report["by_shape"].items():
         worst = min((s for s in report["samples"] if s["shape"] == shape), key=lambda s: (s["passed"], s["snr_db"]))

@@ -108,7 +108,8 @@ def _answered(inputs: Mapping[str, Path], job: Job) -> _Answered:
         for name in samples.rows:
             job.say(f"the pruned torch module, sample {name}", None)
             output = module(*(torch.tensor(samples[name].feeds[t.name]) for t in job.spec.inputs))
-            answers[name] = {job.spec.outputs[0].name: output.numpy()}
+            tensors = output if isinstance(output, tuple) else (output,)
+            answers[name] = {t.name: a.numpy() for t, a in zip(job.spec.outputs, tensors, strict=True)}
     return _Answered(inputs["samples"], job.component, answers)
 
 

@@ -37,8 +37,8 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
 
     inputs: one engine folder per component (and onnx.<component> where something stands in for it),
     samples, tokenizer, tables. job.params: those of `record`, backends {component: name}, how
-    {component: {stand_in: {why}}}, min_psnr_db. When the floor is missed, the worst pair is kept as
-    worst-reference.png and worst-engine.png.
+    {component: {stand_in: {why}}}, min_psnr_db, step_cache_min_psnr_db (absent, or a floor or None). When a floor
+    is missed, the worst pair is kept as worst-reference.png and worst-engine.png.
     """
     backends: Mapping[str, str] = job.params["backends"]
     cards = {name: read_card(inputs[name], backend) for name, backend in backends.items()}
@@ -56,7 +56,8 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         with Pipeline(model_of(job.params, inputs, job), open_engine, low_memory=True) as pipeline:
             report = judge(
                 pipeline, inputs["samples"], job.params["min_psnr_db"], backends,
-                [card.precision for card in cards.values()], keep=out, say=job.say,
+                [card.precision for card in cards.values()], job.params.get("step_cache_min_psnr_db"),
+                keep=out, say=job.say,
             )  # fmt: skip
     why = "; ".join(dict.fromkeys(row["why"] for row in unrun.values()))
     write(out, {**report, "stand_in": {"backend": STAND_IN, "why": why}} if unrun else report)
@@ -65,10 +66,11 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
 def recheck(bundle: Path, manifest: Manifest, recorded: Path) -> dict[str, Any]:
     """The report of a finished bundle's images, made on this machine."""
     precisions = [entry.precision for entry in manifest.components.values()]
-    floor = manifest.verification.get("images", {}).get("floor", {}).get("min_psnr_db")
+    told = manifest.verification.get("images", {})
+    floor, cached = (part.get("floor", {}).get("min_psnr_db") for part in (told, told.get("step_cache", {})))
     backends = {name: entry.backend for name, entry in manifest.components.items()}
     with load(bundle, memory="low", verify_files=False) as pipeline:
-        return judge(pipeline, recorded, floor_db(precisions) if floor is None else floor, backends, precisions)
+        return judge(pipeline, recorded, floor_db(precisions) if floor is None else floor, backends, precisions, cached)
 
 
 def floor_db(precisions: list[Precision]) -> float:
@@ -78,15 +80,18 @@ def floor_db(precisions: list[Precision]) -> float:
 
 def judge(
     pipeline: Pipeline, recorded: Path, min_psnr_db: float, backends: Mapping[str, str], precisions: list[Precision],
-    keep: Path | None = None, say: Say = say_nothing,
+    step_cache_min_psnr_db: float | None = None, keep: Path | None = None, say: Say = say_nothing,
 ) -> dict[str, Any]:  # fmt: skip
     """The report: PSNR of every recorded image (of a batch, its worst), the worst, and the least by shape.
 
     Where another decoder is built, `own_decoder` says how far its pictures are from those of the source's own.
+    Images with cached steps are compared with the reference's that have the same ones; "step_cache" tells how far
+    they are from the reference's without any, which is what step caching costs.
     """
     planned = [Trajectory.from_json(row) for row in samples.trajectories(recorded)]
     rows = []
     worst: tuple[float, Floats, Floats] | None = None
+    dearest: tuple[float, Floats, Floats] | None = None
     for number, trajectory in enumerate(planned):
         say(f"image {number + 1} of {len(planned)}", number / len(planned))
         reference = samples.image_arrays(recorded, trajectory.id)
@@ -95,8 +100,18 @@ def judge(
         if images is not None and (worst is None or row["psnr_db"] < worst[0]):
             index = row["image"]
             worst = (row["psnr_db"], reference["images"][index], images[index])
-    passed = all(row["passed"] for row in rows)
+        if images is not None and trajectory.like is not None:
+            plain = samples.image_arrays(recorded, trajectory.like)["images"]
+            figures = [metrics.psnr_db(r, v) for r, v in zip(plain, images, strict=True)]
+            row["uncached_psnr_db"] = [round(figure, 3) for figure in figures]
+            index = min(range(len(figures)), key=figures.__getitem__)
+            if dearest is None or figures[index] < dearest[0]:
+                dearest = (figures[index], plain[index], images[index])
     own = _own_decoder([samples.image_arrays(recorded, trajectory.id) for trajectory in planned])
+    cost = _cost_of_step_cache(rows, step_cache_min_psnr_db)
+    computed = all(row["passed"] for row in rows)
+    passed = computed and cost.get("passed", True)
+    shown = dearest if computed else worst
     return {
         **({"own_decoder": own} if own else {}),
         "component": PIPELINE,
@@ -115,8 +130,30 @@ def judge(
             for shape in dict.fromkeys(row["shape"] for row in rows)
         },
         "samples": rows,
-        "kept": _keep(keep, worst) if keep is not None and worst is not None and not passed else [],
+        "kept": _keep(keep, shown) if keep is not None and shown is not None and not passed else [],
         "divergence": None,
+        **({"step_cache": cost} if cost else {}),
+    }
+
+
+def _cost_of_step_cache(rows: list[dict[str, Any]], min_psnr_db: float | None) -> dict[str, Any]:
+    """PSNR of images with cached steps to the reference's without, at the usual shape; {} when there are none.
+
+    The other shapes are run in very few steps, which says nothing of the cost.
+    """
+    told = [row for row in rows if row.get("uncached_psnr_db") and row["shape"] == "opt"]
+    if not told:
+        return {}
+    figures = [figure for row in told for figure in row["uncached_psnr_db"]]
+    worst = min(told, key=lambda row: min(row["uncached_psnr_db"]))
+    return {
+        "every": told[0]["step_cache"],
+        "num_inference_steps": told[0]["num_inference_steps"],
+        "images": len(figures),
+        "psnr_db": {"min": min(figures), "mean": round(sum(figures) / len(figures), 3)},
+        "worst": {key: worst[key] for key in ("id", "prompt", "seed", "shape")},
+        "floor": {"min_psnr_db": min_psnr_db},
+        "passed": min_psnr_db is None or min(figures) >= min_psnr_db,
     }
 
 
@@ -146,7 +183,7 @@ def _row(
         "id": trajectory.id, "prompt": " | ".join(dict.fromkeys(trajectory.prompts)), "seed": trajectory.seed,
         "sampler": trajectory.sampler, "num_inference_steps": trajectory.num_inference_steps,
         "guidance_scale": trajectory.guidance_scale, "height": trajectory.height, "width": trajectory.width,
-        "shape": trajectory.shape, "error": None,
+        "shape": trajectory.shape, "step_cache": trajectory.step_cache, "error": None,
     }  # fmt: skip
     try:
         images = np.asarray(pipeline(**trajectory.call(), output_type="np", callback_on_step_end=on_step).images)
