@@ -3,16 +3,22 @@
     sdcompile build recipes/tiny-openvino-bf16.yaml && sdcompile build recipes/tiny-openvino-fitted.yaml
     python scripts/generation_figures.py artifacts/tiny-openvino-bf16.sdc artifacts/tiny-openvino-fitted.sdc
 
+    sdcompile build recipes/tiny-openvino-stepcache.yaml
+    python scripts/generation_figures.py artifacts/tiny-openvino-stepcache.sdc --rows "step_cache|2m, .* steps" \
+        --to stepcache.json
+
 Quality is taken over held-out prompts, each with a seed of its own: prompt alignment, and the distance of
 the final latents from those of 100 steps (mean SNR in dB; the teacher is compiled here, from the same
 scheduler). CPU seconds are those of the process while a row's images are made, one after the other for a few
 prompts, rows taken in turn and all repeated; a row's figure is the median of its ratios to the first row.
+Rows with cached steps also have the mean PSNR of their pictures to those of the same call without.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -39,6 +45,7 @@ TIMED_PROMPTS, ROUNDS = 4, 5
 ROWS: dict[str, dict[str, Any]] = {
     "dpmpp_2m, 20 steps": {"sampler": "dpmpp_2m", "num_inference_steps": 20},
     "dpmpp_2m, 12 steps": {"sampler": "dpmpp_2m", "num_inference_steps": 12},
+    "dpmpp_2m, 10 steps": {"sampler": "dpmpp_2m", "num_inference_steps": 10},
     "dpmpp_2m, 6 steps": {"sampler": "dpmpp_2m", "num_inference_steps": 6},
     "unipc, 12 steps": {"sampler": "unipc", "num_inference_steps": 12},
     "ddim, 12 steps": {"sampler": "ddim", "num_inference_steps": 12},
@@ -57,6 +64,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "early_stop 1e-3:5": {"early_stop": "1e-3:5"},
     "early_stop 1e-2:5": {"early_stop": "1e-2:5"},
     "prompt_weighting a1111, plain prompts": {"prompt_weighting": "a1111"},
+    "step_cache 2": {"step_cache": 2},
+    "step_cache 3": {"step_cache": 3},
+    "step_cache 5": {"step_cache": 5},
+    "ddim, 50 steps": {"sampler": "ddim", "num_inference_steps": 50},
+    "ddim, 50 steps, step_cache 3": {"sampler": "ddim", "num_inference_steps": 50, "step_cache": 3},
+    "ddim, 50 steps, step_cache 5": {"sampler": "ddim", "num_inference_steps": 50, "step_cache": 5},
 }
 
 
@@ -68,6 +81,7 @@ def say(text: str) -> None:
 def latents(pipe: Any, prompts: list[str], options: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
     """Final latents, prompt i from seed i, and the denoiser rows of all."""
     made, rows = [], []
+    options = {"step_cache": "off", **options}  # whatever the bundle's default is
     for first in range(0, len(prompts), BATCH):
         some = prompts[first : first + BATCH]
         seeds = list(range(first, first + len(some)))
@@ -77,12 +91,19 @@ def latents(pipe: Any, prompts: list[str], options: dict[str, Any]) -> tuple[np.
     return np.concatenate(made), rows
 
 
+def pixels(pipe: Any, finals: np.ndarray) -> np.ndarray:
+    parts = [pipe.decode(finals[first : first + BATCH]) for first in range(0, len(finals), BATCH)]
+    return pictures.pixels_from_decoded(np.concatenate(parts))
+
+
 def alignment(pipe: Any, finals: np.ndarray, prompts: list[str]) -> float:
-    scores = []
-    for first in range(0, len(prompts), BATCH):
-        pixels = pictures.pixels_from_decoded(pipe.decode(finals[first : first + BATCH]))
-        scores += [tiny.alignment(image, prompt) for image, prompt in zip(pixels, prompts[first:], strict=False)]
+    scores = [tiny.alignment(image, prompt) for image, prompt in zip(pixels(pipe, finals), prompts, strict=True)]
     return float(np.mean(scores))
+
+
+def psnr_db(pipe: Any, finals: np.ndarray, others: np.ndarray) -> float:
+    pairs = zip(pixels(pipe, finals), pixels(pipe, others), strict=True)
+    return float(np.mean([metrics.psnr_db(other, own) for own, other in pairs]))
 
 
 def teacher(pipe: Any, prompts: list[str]) -> np.ndarray:
@@ -111,7 +132,7 @@ def cpu_ratios(pipes: dict[str, Any], prompts: list[str]) -> dict[str, float]:
         for name, pipe in pipes.items():
             began = time.process_time()
             for seed, prompt in enumerate(prompts[:TIMED_PROMPTS]):
-                pipe(prompt, seed=seed, output_type="np", **ROWS[name])
+                pipe(prompt, seed=seed, output_type="np", **{"step_cache": "off", **ROWS[name]})
             spent[name].append(time.process_time() - began)
     first = spent[next(iter(pipes))]
     return {name: statistics.median(a / b for a, b in zip(own, first, strict=True)) for name, own in spent.items()}
@@ -123,6 +144,7 @@ def main() -> None:
         "bundles", nargs="+", type=Path, help="bundles of the tiny model; a row runs on the first that can"
     )
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--rows", default="", help="only rows whose name holds this pattern, and the first")
     parser.add_argument("--to", type=Path, default=ROOT / "docs" / "generation.json")
     asked = parser.parse_args()
     opened = [load(path, memory="high") for path in asked.bundles]
@@ -131,13 +153,17 @@ def main() -> None:
     say(f"teacher: {TEACHER}, 100 steps: alignment {alignment(opened[0], wanted, prompts):.3f}")
 
     pipes: dict[str, Any] = {}
-    for name, options in ROWS.items():
+    for number, (name, options) in enumerate(ROWS.items()):
+        if number and not re.search(asked.rows, name):
+            continue
         needed = str(options.get("sampler", "dpmpp_2m"))
         able = [pipe for pipe in opened if needed in pipe.model.samplers]
+        if "step_cache" in options:
+            able = [pipe for pipe in able if pipe.family.shallow in pipe.model.components]
         if able:
             pipes[name] = able[0]
         else:
-            say(f"{name}: no bundle has {needed}")
+            say(f"{name}: no bundle has {needed}{' and cached steps' if 'step_cache' in options else ''}")
     ratios = cpu_ratios(pipes, prompts)
     figures = []
     for name, pipe in pipes.items():
@@ -148,7 +174,13 @@ def main() -> None:
             "cpu_ratio": round(ratios[name], 3), "alignment": round(alignment(pipe, finals, prompts), 4),
             "snr_db": round(snr, 2),
         })  # fmt: skip
-        say("| {row} | {denoiser_rows:g} | {cpu_ratio:.2f} | {alignment:.3f} | {snr_db:.1f} |".format(**figures[-1]))
+        if "step_cache" in ROWS[name]:
+            whole, _ = latents(pipe, prompts, {**ROWS[name], "step_cache": "off"})
+            figures[-1]["uncached_psnr_db"] = round(psnr_db(pipe, finals, whole), 2)
+        say(
+            "| {row} | {denoiser_rows:g} | {cpu_ratio:.2f} | {alignment:.3f} | {snr_db:.1f} |".format(**figures[-1])
+            + (" {uncached_psnr_db:.1f} |".format(**figures[-1]) if "uncached_psnr_db" in figures[-1] else "")
+        )
     content = {"teacher": f"{TEACHER}, 100 steps", "prompts": len(prompts), "rows": figures}
     asked.to.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
