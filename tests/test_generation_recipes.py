@@ -46,6 +46,13 @@ def test_defaults_of_a_recipe_reach_the_bundle_as_they_were_written(tmp_path: Pa
         ("defaults: {hires: {factor: 2}}", "is no scale"),
         ("profiles: {draft: {steps: 3}}", "no option is called 'steps'"),
         ("profiles: {draft: {tiling: some}}", "tiling='some' is unknown"),
+        ("profiles: {draft: {num_inference_steps: many}}", "num_inference_steps='many' is no whole number"),
+        ("profiles: {draft: {guidance_scale: .nan}}", "guidance_scale=nan is not finite"),
+        ("profiles: {draft: {profile: best}}", "a profile cannot name another one"),
+        ("profiles: {draft: {sampler: eular}}", "profiles.draft.sampler: 'eular' is not one of samplers, did you mean"),
+        ("profiles: {fast: {num_inference_steps: 51}}", "profiles.fast.num_inference_steps: sampler dpmpp_2m is com"),
+        ("profiles: {a: {stages: 'ddim:3,unipc'}}", "profiles.a.stages: 'unipc' is not one of samplers"),
+        ("defaults: {stages: 'dim:3,euler'}", "defaults.stages: 'dim' is not one of samplers, did you mean 'ddim'?"),
         ("samplers: [{name: few, base: ddim}]", "a fitted sampler has base, num_inference_steps and fit"),
         ("samplers: [{name: few, base: ddim, num_inference_steps: 6, fit: {}, eta: 1}]", "from its base"),
         ("samplers: [ddim, {name: few, base: dimm, num_inference_steps: 6, fit: {}}]", "did you mean 'ddim'"),
@@ -91,3 +98,33 @@ def test_every_option_has_one_name_everywhere() -> None:
     assert set(CHECKS) <= set(NAMES)
     assert Options(seed=1).over(BUILT_IN).output_type == "pil"
     assert BUILT_IN.over(Options(tiling="auto")).tiling == "off"
+
+
+def refused(folder: Path, source, text: str) -> str:  # type: ignore[no-untyped-def]
+    with pytest.raises(RecipeError) as caught:
+        planned(folder, source, text)
+    return caught.value.message
+
+
+def test_a_profile_may_only_ask_a_fitted_sampler_for_its_own_number_of_steps(tmp_path: Path, source) -> None:
+    few = FITTED + "profiles: {draft: {sampler: few}, other: {sampler: dpmpp_2m, num_inference_steps: 7}}\n"
+    assert planned(tmp_path, source, few)
+    wrong = few.replace("{sampler: few}", "{sampler: few, num_inference_steps: 8}")
+    text = refused(tmp_path, source, wrong)
+    assert "profiles.draft.num_inference_steps: sampler few is compiled for 6 steps, not for 8" in text
+    # Of two samplers in a row, both are asked for the same number.
+    stages = FITTED + "defaults: {stages: 'dpmpp_2m:3,few'}\n"
+    assert "sampler few is compiled for 6" in refused(tmp_path, source, stages)
+
+
+def test_profiles_made_for_a_fitted_default_ask_its_base_for_other_numbers_of_steps(tmp_path: Path, source) -> None:
+    params = planned(tmp_path, source, FITTED + "defaults: {sampler: few}\n")["pipeline.package.bundle"].job.params
+    assert params["profiles"]["draft"] == {"sampler": "dpmpp_2m", "num_inference_steps": 8}
+    assert params["profiles"]["balanced"] == {}
+
+
+def test_a_profile_of_a_size_that_is_not_built_is_refused_unless_it_is_tiled(tmp_path: Path, source) -> None:
+    text = refused(tmp_path, source, BASE + "profiles: {big: {height: 1024}, small: {width: 64, tiling: auto}}\n")
+    assert "profiles.big.height: 1024 is outside the built 512 to 768" in text
+    assert "profiles.small.width: 64 is outside the built 512 to 512" in text
+    assert planned(tmp_path, source, BASE + "profiles: {big: {height: 1024, tiling: auto}}\n")

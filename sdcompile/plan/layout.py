@@ -183,11 +183,14 @@ def _component(
 
 def _faults_of_defaults(recipe: Recipe, shapes: Shapes) -> list[str]:
     faults = []
-    if shapes:
+    asked = {"defaults": {side: getattr(recipe.defaults, side) for side in ("height", "width")}}
+    asked |= {f"profiles.{name}": options for name, options in (recipe.profiles or {}).items()}
+    for place, options in asked.items() if shapes else ():
+        tiled = options.get("tiling", recipe.defaults.tiling) == "auto" and place != "defaults"
         for side, letter in (("height", "H"), ("width", "W")):
-            value, bounds = getattr(recipe.defaults, side), shapes[letter]
-            if value is not None and not bounds.min <= value <= bounds.max:
-                faults.append(f"defaults.{side}: {value} is outside the built {bounds.min} to {bounds.max}")
+            value, bounds = options.get(side), shapes[letter]
+            if value is not None and (value < bounds.min or (value > bounds.max and not tiled)):
+                faults.append(f"{place}.{side}: {value} is outside the built {bounds.min} to {bounds.max}")
     return faults
 
 

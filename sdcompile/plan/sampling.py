@@ -83,4 +83,10 @@ def profiles(recipe: Recipe) -> dict[str, dict[str, Any]]:
         return dict(recipe.profiles)
     (first, last), steps = recipe.sampler_steps, recipe.defaults.num_inference_steps
     draft, quality = max(first, round(0.4 * steps)), min(last, round(1.5 * steps))
-    return {"draft": {"num_inference_steps": draft}, "balanced": {}, "quality": {"num_inference_steps": quality}}
+    # A fitted sampler has one number of steps; with others its base is asked.
+    base = next((s.base for s in recipe.samplers if s.name == recipe.default_sampler), None)
+    other = {} if base is None else {"sampler": base}
+    return {
+        "draft": {**other, "num_inference_steps": draft}, "balanced": {},
+        "quality": {**other, "num_inference_steps": quality},
+    }  # fmt: skip

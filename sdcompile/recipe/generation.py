@@ -6,6 +6,7 @@ The checks are the runtime's own (`runtime.values`), so that a recipe refuses wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -13,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sdcompile.errors import RecipeError
 from sdcompile.recipe.fields import MAX_STEPS, FileName, Number, String, Whole, fault
 from sdcompile.runtime.options import Options
-from sdcompile.runtime.values import CHECKS
+from sdcompile.runtime.values import CHECKS, count, guidance_scale
 
 
 def _checked(option: str) -> AfterValidator:
@@ -64,10 +65,20 @@ class FittedFields(BaseModel):
     fit: FitRecipe | None = Field(default=None, description="Fitted sampler: teacher, prompts and seed.")
 
 
+_PLAIN: dict[str, Callable[[Any], Any]] = {
+    "guidance_scale": guidance_scale,
+    **{name: partial(count, name) for name in ("num_inference_steps", "height", "width")},
+}
+"""Checks of the options that `DefaultsRecipe` has fields of its own for."""
+
+
 def _profile(value: Any) -> Any:
     try:
-        for name, setting in Options.of(value).given().items():
-            CHECKS.get(name, lambda same: same)(setting)
+        given = Options.of(value).given()
+        if "profile" in given:
+            raise RecipeError("a profile cannot name another one")
+        for name, setting in given.items():
+            {**CHECKS, **_PLAIN}.get(name, lambda same: same)(setting)
     except RecipeError as error:
         raise fault(f"{error.message}; {error.hint}" if error.hint else error.message) from None
     return value

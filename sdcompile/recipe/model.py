@@ -7,7 +7,7 @@ context (`Known`); without a context only the structure is checked. This file kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -30,6 +30,8 @@ from sdcompile.recipe.fields import (
 from sdcompile.recipe.generation import Profiles
 from sdcompile.recipe.sections import DefaultsRecipe, SamplerRecipe, ShapesRecipe, VerifyRecipe, empty_for_null
 from sdcompile.recipe.stepcache import StepCacheRecipe, base_of, cached
+from sdcompile.runtime.offer import Offer
+from sdcompile.runtime.options import Options
 from sdcompile.spec import Precision
 
 
@@ -279,8 +281,30 @@ def cross_faults(recipe: Recipe) -> Iterator[Fault]:
             if given
             else Fault(places[1], f"defaults.num_inference_steps {text}", places)
         )
+    yield from _not_compiled(recipe)
     for side in ("height", "width"):
         value, size = getattr(recipe.defaults, side), getattr(recipe.shapes, side)
         if value is not None and size is not None and not size[0] <= value <= size[2]:
             place = ("defaults", side)
             yield Fault(place, f"{value} is outside shapes.{side} [{size[0]} to {size[2]}]", (place, ("shapes", side)))
+
+
+def _not_compiled(recipe: Recipe) -> Iterator[Fault]:
+    """Samplers and step counts that profiles, and stages among the defaults, ask for and the recipe does not build."""
+    first, last = recipe.sampler_steps
+    samplers: dict[str, Collection[int]] = {
+        sampler.name: range(first, last + 1) if sampler.num_inference_steps is None else (sampler.num_inference_steps,)
+        for sampler in recipe.samplers
+    }
+    own = recipe.defaults
+    offer = Offer(samplers, recipe.default_sampler, own.num_inference_steps)
+    asked: list[tuple[tuple[str, ...], Options]] = []
+    if own.stages is not None:
+        asked.append((("defaults",), Options(stages=own.stages)))
+    for name, options in (recipe.profiles or {}).items():
+        # What a profile leaves open is the defaults' business, and told there.
+        if {"sampler", "stages", "num_inference_steps"} & set(options):
+            asked.append((("profiles", name), Options.of({"stages": own.stages, **options})))
+    for place, chosen in asked:
+        for option, text in offer.faults(chosen):
+            yield Fault((*place, option), text, (place, ("samplers",), ("sampler_steps",), ("defaults",)))

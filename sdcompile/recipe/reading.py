@@ -22,7 +22,7 @@ MAX_BYTES = 1 << 20
 MAX_SHOWN = 40
 
 # Fields the cross-field faults look at: none is required, so they can be checked beside faulty others.
-_CROSSED = ("samplers", "sampler_steps", "defaults", "shapes")
+_CROSSED = ("samplers", "sampler_steps", "defaults", "profiles", "shapes")
 _PLACEHOLDERS = {"version": 1, "name": "x", "family": "x", "source": "x", "backend": "x"}
 
 

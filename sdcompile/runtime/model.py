@@ -15,6 +15,7 @@ from typing import Any
 from sdcompile import bundle
 from sdcompile.bundle import Defaults, Manifest, SamplerEntry, TokenizerEntry
 from sdcompile.runtime import profiles
+from sdcompile.runtime.offer import Offer
 from sdcompile.runtime.profiles import Profiles
 from sdcompile.spec import Shapes
 
@@ -62,7 +63,7 @@ class Model:
             digest=bundle.digest(folder),
             components=tuple(manifest.components),
             encoder_digest=_encoder_digest(manifest),
-            profiles=profiles.read(folder),
+            profiles=profiles.read(folder, _offer(manifest)),
         )
 
     @classmethod
@@ -90,6 +91,11 @@ class Model:
             tables=tables,
             defaults=defaults if isinstance(defaults, Defaults) else Defaults(**defaults),
         )
+
+
+def _offer(manifest: Manifest) -> Offer:
+    compiled = {name: entry.num_inference_steps for name, entry in manifest.samplers.items()}
+    return Offer(compiled, manifest.defaults.sampler, manifest.defaults.num_inference_steps)
 
 
 def _encoder_digest(manifest: Manifest) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompile.errors import BundleError, RecipeError
+from sdcompile.runtime.offer import Offer
 from sdcompile.runtime.options import Options
 
 FILE = "profiles.json"
@@ -44,8 +45,11 @@ class Profiles:
         return next((rule["profile"] for rule in self.policy if _holds(rule, state)), None)
 
 
-def read(folder: Path) -> Profiles:
-    """The profiles of the bundle at `folder`; none where it has no file. Raises BundleError for one that is wrong."""
+def read(folder: Path, offer: Offer | None = None) -> Profiles:
+    """The profiles of the bundle at `folder`; none where it has no file.
+
+    Raises BundleError for a file that is wrong, or asks for more than the bundle's `offer`.
+    """
     path = folder / FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -64,7 +68,17 @@ def read(folder: Path) -> Profiles:
         if unknown or rule.get("profile") not in options or len(rule) < 2:
             raise BundleError(
                 f"{path}: {json.dumps(rule)} is no rule",
-                f"a profile of this file, and conditions: {', '.join(sorted(_CONDITIONS))}",
+                f"a profile of this file ({', '.join(options) or 'it has none'}), and conditions: "
+                f"{', '.join(sorted(_CONDITIONS))}",
+            )
+    for name, asked in options.items():
+        try:
+            faults = [] if offer is None else [f"{option}: {text}" for option, text in offer.faults(asked)]
+        except RecipeError as error:
+            raise BundleError(f"{path}: profile {name}: {error.message}", error.hint) from error
+        if faults:
+            raise BundleError(
+                f"{path}: profile {name}: {'; '.join(faults)}", "edit the file, or build what it asks for"
             )
     return Profiles(options, rules)
 

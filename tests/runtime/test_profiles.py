@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sdcompile.errors import BundleError, RecipeError
+from sdcompile.runtime.offer import Offer
 from sdcompile.runtime.pipeline import Pipeline
 from sdcompile.runtime.profiles import FILE, Profiles, power_state, read
 from tests.runtime.test_pipeline import Engines, model_in
@@ -54,6 +55,27 @@ def test_a_profile_lies_between_the_call_and_the_defaults(tmp_path: Path, profil
     assert pipe("red", profile="quality").num_inference_steps == 4
     with pytest.raises(RecipeError, match="profile 'best' is not in this bundle"):
         pipe("red", profile="best")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sampler": "dimd"}, "profile draft: sampler: 'dimd' is not one of samplers, did you mean 'ddim'?"),
+        ({"num_inference_steps": 9}, "profile draft: num_inference_steps: sampler ddim is compiled for 1-4 steps, not"),
+        ({"stages": "ddim:2,euler"}, "profile draft: stages: 'euler' is not one of samplers"),
+        ({"stages": "ddim"}, "profile draft: stages='ddim': at least two"),
+    ],
+)
+def test_a_profile_that_asks_for_what_is_not_compiled_is_told_when_it_is_read(
+    tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    offer = Offer({"ddim": (1, 2, 3, 4)}, "ddim", 4)
+    (tmp_path / FILE).write_text(json.dumps({"profiles": {"draft": options}}), encoding="utf-8")
+    with pytest.raises(BundleError) as caught:
+        read(tmp_path, offer)
+    assert words in caught.value.message
+    (tmp_path / FILE).write_text(json.dumps({"profiles": {"draft": {"num_inference_steps": 3}}}), encoding="utf-8")
+    assert read(tmp_path, offer).named("draft").num_inference_steps == 3
 
 
 def test_a_bundle_without_the_file_has_none(tmp_path: Path) -> None:
