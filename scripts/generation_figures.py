@@ -12,6 +12,7 @@ the final latents from those of 100 steps (mean SNR in dB; the teacher is compil
 scheduler). CPU seconds are those of the process while a row's images are made, one after the other for a few
 prompts, rows taken in turn and all repeated; a row's figure is the median of its ratios to the first row.
 Rows with cached steps also have the mean PSNR of their pictures to those of the same call without.
+Seams of tiled pictures are in seam_figures.py.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from sdcompile import load, metrics  # noqa: E402  (needs the path above)
 from sdcompile.models import tiny  # noqa: E402
 from sdcompile.runtime import images as pictures  # noqa: E402
 from sdcompile.runtime import tables  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import seam_figures  # noqa: E402
 
 BATCH = 4
 TEACHER = "dpmpp_2m"
@@ -146,15 +150,27 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rows", default="", help="only rows whose name holds this pattern, and the first")
     parser.add_argument("--to", type=Path, default=ROOT / "docs" / "generation.json")
+    parser.add_argument("--only", choices=("options", "seams"), help="measure one of the two tables anew")
+    parser.add_argument("--pictures", type=Path, help="where to write some of the tiled pictures")
     asked = parser.parse_args()
     opened = [load(path, memory="high") for path in asked.bundles]
     prompts = tiny.prompts(asked.prompts, seed=2024)
+    content = json.loads(asked.to.read_text(encoding="utf-8")) if asked.to.is_file() else {}
+    if asked.only != "seams":
+        content |= options(opened, prompts, asked.rows)
+    if asked.only != "options":
+        content["seams"] = seam_figures.measure(opened[0], prompts, say, asked.pictures)
+    asked.to.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def options(opened: list[Any], prompts: list[str], pattern: str) -> dict[str, Any]:
+    """The table of options; only rows whose name holds `pattern`, and the first."""
     wanted = teacher(opened[0], prompts)
     say(f"teacher: {TEACHER}, 100 steps: alignment {alignment(opened[0], wanted, prompts):.3f}")
 
     pipes: dict[str, Any] = {}
     for number, (name, options) in enumerate(ROWS.items()):
-        if number and not re.search(asked.rows, name):
+        if number and not re.search(pattern, name):
             continue
         needed = str(options.get("sampler", "dpmpp_2m"))
         able = [pipe for pipe in opened if needed in pipe.model.samplers]
@@ -181,8 +197,7 @@ def main() -> None:
             "| {row} | {denoiser_rows:g} | {cpu_ratio:.2f} | {alignment:.3f} | {snr_db:.1f} |".format(**figures[-1])
             + (" {uncached_psnr_db:.1f} |".format(**figures[-1]) if "uncached_psnr_db" in figures[-1] else "")
         )
-    content = {"teacher": f"{TEACHER}, 100 steps", "prompts": len(prompts), "rows": figures}
-    asked.to.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return {"teacher": f"{TEACHER}, 100 steps", "prompts": len(prompts), "rows": figures}
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from sdcompile.runtime.request import ENCODER, Request, resolve, second_pass
 from sdcompile.runtime.stepcache import DeepFeatures
 from sdcompile.runtime.tiles import Tiling, over_tiles
 from sdcompile.runtime.values import Stage
+from sdcompile.spec import Range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -186,7 +187,7 @@ class Pipeline:
     def _run_text_encoder(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         engine = self.engine(_TEXT_ENCODER)
         began = time.perf_counter()
-        arrays = in_parts(engine, feeds, self.model.shapes["R"])
+        arrays = in_parts(engine, feeds, _encoder_rows(self.model))
         self._clock.text_encoder_s += time.perf_counter() - began
         return arrays
 
@@ -345,6 +346,18 @@ class Pipeline:
 
         tiling = self._tiling(array.shape[2], array.shape[3], "HW" if down > 1 else "hw")
         return run(array) if tiling is None else over_tiles(run, array, tiling, up, down)
+
+
+def _encoder_rows(model: Model) -> Range:
+    """Rows of every call of the text encoder: those of a first usual request, prompt and negative prompt.
+
+    A later prompt, whose negative one is remembered, would otherwise be a call of one row, for which an engine
+    of static shapes is compiled once more. It also keeps a prompt's embedding the same whatever it comes with.
+    """
+    built = model.shapes["R"]
+    usual = 2 if model.defaults.guidance_scale > 1 and not model.facts.get("time_cond_proj_dim") else 1
+    rows = min(max(usual, built.min), built.max)
+    return Range(rows, rows, rows)
 
 
 def _watching(watch: Watch) -> CallbackOnStepEnd:

@@ -39,7 +39,7 @@ OPS: dict[str, Op] = {
     "onnx": Op("sdcompile.steps.export_onnx", "export", "onnx", packages=(*_TORCH, "onnx", "onnxscript")),
     "tokenizer": Op("sdcompile.steps.tokenizer", "compile", "tokenizer", packages=("transformers", "tokenizers")),
     "samplers": Op("sdcompile.steps.sampler", "compile", "tables", revision=3, packages=("diffusers",)),
-    "fit": Op("sdcompile.steps.fit", "compile", "tables", packages=_TORCH),
+    "fit": Op("sdcompile.steps.fit", "compile", "tables", revision=2, packages=_TORCH),
     "calibrate": Op("sdcompile.steps.calibrate", "calibrate", "samples", revision=2, packages=_TORCH),
     "race": Op("sdcompile.steps.race", "compile", "race", host=True),
     "record": Op("sdcompile.steps.record", "verify", "samples", revision=3, packages=_TORCH),

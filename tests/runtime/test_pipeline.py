@@ -195,7 +195,7 @@ def test_guidance_denoises_negative_prompts_first_and_extrapolates(pipe: Pipelin
 def test_guidance_is_skipped_at_one_and_below(pipe: Pipeline, engines: Engines, scale: float) -> None:
     pipe("red", negative_prompt="circle", guidance_scale=scale)
     assert engines.rows["unet"] == [1] * 4
-    assert engines.rows["text_encoder"] == [1]
+    assert np.ptp(engines.feeds["text_encoder"][0]["input_ids"], axis=0).max() == 0, "one prompt, twice"
 
 
 def test_a_model_that_takes_the_guidance_scale_is_not_guided_twice(model: Model) -> None:
@@ -246,9 +246,11 @@ def test_one_seed_per_image_gives_each_the_picture_of_its_seed(pipe: Pipeline) -
 
 def test_a_prompt_met_before_is_not_encoded_again(pipe: Pipeline, engines: Engines) -> None:
     pipe(["red", "red", "blue"], negative_prompt="")
-    assert engines.rows["text_encoder"] == [3]
+    assert len({row.tobytes() for feeds in engines.feeds["text_encoder"] for row in feeds["input_ids"]}) == 3
+    before = len(engines.feeds["text_encoder"])
     pipe(["blue", "circle"], negative_prompt="red")
-    assert engines.rows["text_encoder"] == [3, 1]
+    (new,) = engines.feeds["text_encoder"][before:]
+    assert len({row.tobytes() for row in new["input_ids"]}) == 1
 
 
 def test_a_callback_is_told_every_step_and_may_replace_the_latents(pipe: Pipeline) -> None:
@@ -374,3 +376,28 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_text_encoder_is_called_in_one_shape_whatever_is_new(model: Model) -> None:
+    engines = Engines()
+    pipe = Pipeline(model, engines)
+    alone = Pipeline(model, Engines()).embedder(["circle"])["encoder_hidden_states"]
+    pipe("red", seed=1)
+    pipe("blue", seed=1)
+    pipe(["circle", "blue red", "?"], seed=1)
+    pipe("red circle", seed=1, guidance_scale=1.0)
+    assert engines.rows["text_encoder"] == [2] * 5, "1 + 1, 1, 3 and 1 new prompts"
+    assert np.array_equal(pipe.embedder(["circle"])["encoder_hidden_states"], alone)
+
+
+def test_a_model_without_guidance_encodes_its_prompts_one_by_one(model: Model) -> None:
+    unguided = replace(model, defaults=model.defaults.model_copy(update={"guidance_scale": 1.0}))
+    engines = Engines()
+    Pipeline(unguided, engines)(["red", "blue"], seed=1)
+    assert engines.rows["text_encoder"] == [1, 1]
+
+
+def test_a_text_encoder_built_for_more_rows_gets_them(model: Model) -> None:
+    engines = Engines()
+    Pipeline(replace(model, shapes={**model.shapes, "R": Range(4, 4, 4)}), engines)("red", seed=1)
+    assert engines.rows["text_encoder"] == [4]
