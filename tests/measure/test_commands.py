@@ -181,9 +181,9 @@ def test_a_peer_is_not_asked_for_what_it_does_not_know(desk, tmp_path):
         (folder / "manifest.json").write_text(json.dumps(manifest))
         (like,) = contenders.of_bundles([folder], contenders.Ask(), 1, "auto")
         with pytest.raises(RecipeError, match=words):
-            contenders.of_peer("diffusers-fp32", like, tiny.path(), tmp_path)
+            contenders.of_peer("diffusers-fp32", like, {"source": tiny.path()}, tmp_path)
     (plain,) = contenders.of_bundles([desk.folder / "stub.sdc"], contenders.Ask(), 1, "auto")
-    assert contenders.of_peer("diffusers-fp32", plain, tiny.path(), tmp_path).kind == "diffusers-fp32"
+    assert contenders.of_peer("diffusers-fp32", plain, {"source": tiny.path()}, tmp_path).kind == "diffusers-fp32"
 
 
 def test_eval_of_torch_itself_is_exact_and_of_another_model_is_not(desk):

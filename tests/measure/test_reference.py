@@ -6,9 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from sdcompile.backends import BACKENDS, Probe
+from sdcompile.errors import RecipeError
+from sdcompile.measure import contenders
 from sdcompile.measure.reference import reference_recipe
 from sdcompile.plan import Machine, resolve
+from sdcompile.recheck import recipe_of
 from sdcompile.recipe import Recipe, dump, known_names
 from sdcompile.run import wanted
 
@@ -46,3 +51,48 @@ def test_a_step_that_others_consumed_is_there_when_it_is_a_goal(source):
     with_goal = replace(plan, goals=("pipeline.compile.tokenizer",))
     assert wanted(with_goal, everything_made)["pipeline.compile.tokenizer"] is False
     assert "pipeline.compile.tokenizer" in wanted(with_goal.until("compile"), everything_made)
+
+
+LIGHT = {**RECIPE, "components": {"vae_decoder": {"source": "builtin:tiny/vae_light", "precision": "int8"}}}
+
+
+def with_light(**changes: str) -> SimpleNamespace:
+    """The manifest of a bundle with another decoder; `changes` are sources as a bundle tells them."""
+    recipe = dump(Recipe.model_validate(LIGHT, context=known_names()))
+    recipe["components"]["vae_decoder"]["source"] = changes.get("vae_decoder", "builtin:tiny/vae_light")
+    return SimpleNamespace(family="sd", name="x", recipe={**recipe, "source": changes.get("source", "builtin:tiny")})
+
+
+def test_the_reference_of_another_decoder_is_drawn_with_it():
+    manifest = with_light()
+    recipe = reference_recipe(manifest, recipe_of(Path("x.sdc"), manifest, ()))
+    assert recipe.component_sources == {"vae_decoder": "builtin:tiny/vae_light"}
+    assert recipe.effective("vae_decoder").precision == "fp32"
+    assert referred().component_sources == {}
+
+
+def test_sources_that_only_the_builder_has_are_named_one_by_one():
+    folder, manifest = Path("x.sdc"), with_light(source="folder:sd15", vae_decoder="folder:taesd")
+    named = recipe_of(folder, manifest, ("/models/sd15", "vae_decoder=/models/taesd"))
+    assert named["source"] == "/models/sd15"
+    assert named["components"]["vae_decoder"]["source"] == "/models/taesd"
+    for given, hint in (((), "--source vae_decoder=FOLDER"), (("vae_decoder=a",), "--source FOLDER")):
+        with pytest.raises(RecipeError) as caught:
+            recipe_of(folder, manifest, given)
+        assert hint in caught.value.hint
+    with pytest.raises(RecipeError, match=r"unet of x\.sdc has no source of its own"):
+        recipe_of(folder, manifest, ("unet=b",))
+
+
+def test_peers_get_the_other_decoder_or_are_refused(monkeypatch, tmp_path):
+    defaults = SimpleNamespace(options={})
+    sampler = SimpleNamespace(fit={}, scheduler="DDIMScheduler", config={})
+    manifest = SimpleNamespace(samplers={"ddim": sampler}, defaults=defaults)
+    monkeypatch.setattr(contenders.bundle, "read", lambda folder: manifest)
+    (tmp_path / "model_index.json").write_text("{}")
+    like = contenders.Contender("x", "bundle", {"bundle": "x.sdc", "sampler": "ddim"}, (4, 8))
+    model = {"source": tmp_path, "vae_decoder": tmp_path / "taesd"}
+    assert contenders.of_peer("diffusers-fp32", like, model, tmp_path).job["decoder"].endswith("taesd")
+    assert contenders.of_peer("diffusers-fp32", like, {"source": tmp_path}, tmp_path).job["decoder"] is None
+    with pytest.raises(RecipeError, match="does not know the decoder x was built with, taesd"):
+        contenders.of_peer("optimum-intel", like, model, tmp_path)
