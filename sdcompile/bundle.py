@@ -9,6 +9,10 @@
       profiles.json       named sets of options, for people to edit: the one file without a hash
       reports/            verify.json, verify.xml (JUnit)
 
+A bundle of several targets keeps components/<target>/<component>/ and reports/<target>/. What two targets
+share, a whole component or a single file, is there once: the manifest names the folder, and files of the
+same content are hard links to each other.
+
 This room knows files and hashes. It refuses to know how an engine is built or run.
 """
 
@@ -19,12 +23,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from sdcompile.errors import BundleError
 from sdcompile.spec import ComponentSpec, Precision, Range, Shapes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The newest manifest schema. 1: one target. 2: several. A manifest is written in the lowest that holds it, so
+that a bundle of one target also runs where only schema 1 is read."""
+
+_READ = range(1, SCHEMA_VERSION + 1)
 SUFFIX = ".sdc"
 
 
@@ -55,6 +63,14 @@ class ComponentEntry(_Frozen):
     effects: list[dict[str, Any]] = Field(default_factory=list)
     race: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
+
+
+class TargetEntry(_Frozen):
+    """One target of a bundle of several. folders: component -> its folder, relative to the bundle."""
+
+    folders: dict[str, str]
+    components: dict[str, ComponentEntry]
+    verification: dict[str, Any]
 
 
 class SamplerEntry(_Frozen):
@@ -93,9 +109,13 @@ class Defaults(_Frozen):
 
 
 class Manifest(_Frozen):
-    """Everything a bundle says of itself. `facts` are the family's (see `Family.facts`)."""
+    """Everything a bundle says of itself. `facts` are the family's (see `Family.facts`).
 
-    schema_version: int = SCHEMA_VERSION
+    With several `targets`, in the order of preference, `components` is empty: who reads or runs engines takes
+    one target, `of_target`, which looks like the manifest of a bundle of that target alone.
+    """
+
+    schema_version: int = 1
     name: str
     family: str
     sdcompile: str
@@ -108,17 +128,52 @@ class Manifest(_Frozen):
     facts: dict[str, Any]
     shapes: dict[str, tuple[int, int, int]]
     components: dict[str, ComponentEntry]
+    targets: dict[str, TargetEntry] = Field(default_factory=dict)
     tokenizer: TokenizerEntry
     samplers: dict[str, SamplerEntry]
     defaults: Defaults
     verification: dict[str, Any]
     files: dict[str, FileEntry]
 
+    _target: str = PrivateAttr(default="")
+    _folders: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def target(self) -> str:
+        """Which of several targets this is; "" where the bundle has one."""
+        return self._target
+
+    def by_target(self) -> dict[str, Manifest]:
+        """Target -> the manifest of that target alone, the preferred first; {"": this one} where there is one."""
+        return {name: self.of_target(name) for name in self.targets} if self.targets else {"": self}
+
+    def of_target(self, name: str) -> Manifest:
+        """The manifest as if the target `name` were the only one; its components stay in their folders."""
+        entry = self.targets[name]
+        update = {"components": entry.components, "verification": entry.verification, "targets": {}}
+        one = self.model_copy(update=update)
+        one._target, one._folders = name, dict(entry.folders)
+        return one
+
+    def folder_of(self, component: str) -> str:
+        """Where a component lies, relative to the bundle."""
+        return self._folders.get(component) or f"components/{component}"
+
+    @property
+    def reports(self) -> str:
+        """Where the reports lie, relative to the bundle."""
+        return f"reports/{folder_of_target(self._target)}" if self._target else "reports"
+
     def ranges(self) -> Shapes:
         return {letter: Range(*bounds) for letter, bounds in self.shapes.items()}
 
     def component_spec(self, name: str) -> ComponentSpec:
         return ComponentSpec.from_json(name, self.components[name].spec)
+
+
+def folder_of_target(name: str) -> str:
+    """The name of a target as that of a folder: tensorrt_rtx:sm89 -> tensorrt_rtx-sm89."""
+    return name.replace(":", "-")
 
 
 def digest(folder: Path) -> str:
@@ -129,6 +184,10 @@ def digest(folder: Path) -> str:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry_of(path: Path) -> FileEntry:
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def read(folder: str | Path) -> Manifest:
@@ -150,9 +209,9 @@ def read(folder: str | Path) -> Manifest:
         version = data["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is damaged: {error}", "copy the bundle again, or rebuild it") from error
-    if version != SCHEMA_VERSION:
+    if version not in _READ:
         raise BundleError(
-            f"{folder} has manifest schema {version}; this sdcompile reads schema {SCHEMA_VERSION}",
+            f"{folder} has manifest schema {version}; this sdcompile reads schema {_READ[0]} to {_READ[-1]}",
             "upgrade sdcompile, or rebuild the bundle with this version",
         )
     try:
@@ -191,5 +250,9 @@ def check(folder: Path, manifest: Manifest, prefixes: tuple[str, ...] = ("",)) -
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json into `folder`, last of all its files."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False, sort_keys=False) + "\n"
+    data = manifest.model_dump(mode="json")
+    data["schema_version"] = 2 if manifest.targets else 1
+    if not manifest.targets:
+        del data["targets"]  # schema 1 has no such field
+    text = json.dumps(data, indent=2, ensure_ascii=False, sort_keys=False) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")

@@ -36,7 +36,7 @@ def polygraphy(work: Build, folder: Path, only: str | None = None) -> dict[str, 
         report = json.loads((report_folder / "report.json").read_text(encoding="utf-8"))
         steps = {
             "typed": step.inputs["onnx"],
-            "exported": f"{step.component}.export.onnx",
+            "exported": _exported(work, step.inputs["onnx"]),
             "samples": step.inputs["samples"],
         }
         folders = {role: work.store.get(work.plan[name].key) for role, name in steps.items()}
@@ -63,3 +63,10 @@ def polygraphy(work: Build, folder: Path, only: str | None = None) -> dict[str, 
             "no engine of this recipe was built from ONNX and verified", "Polygraphy compares ONNX graphs"
         )
     return found
+
+
+def _exported(work: Build, name: str) -> str:
+    """The step that exported what the ONNX of step `name` was made of."""
+    while work.plan[name].op != "onnx":
+        name = work.plan[name].inputs["onnx"]
+    return name

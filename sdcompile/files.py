@@ -20,11 +20,24 @@ def link(source: Path, target: Path) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """`link` every file below the folder `source` to the same place below `target`."""
+    """`link` every file below the folder `source` to the same place below `target`.
+
+    Names of one file stay names of one file, also where the disks differ.
+    """
+    placed: dict[tuple[int, int], Path] = {}
     for path in sorted(source.rglob("*")):
         if path.is_file():
-            link(path, target / path.relative_to(source))
+            there = target / path.relative_to(source)
+            link(placed.setdefault(_identity(path), path), there)
+            placed[_identity(path)] = there
 
 
 def size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes the files below `folder` hold; several names of one file count once."""
+    files = {_identity(path): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return sum(files.values())
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino

@@ -15,7 +15,8 @@ from sdcompile.families import FAMILIES
 from sdcompile.files import size_bytes
 from sdcompile.recipe import Recipe, known_names
 from sdcompile.run import build, lay_out
-from sdcompile.runtime.opening import require_backends
+from sdcompile.runtime.choosing import runnable
+from sdcompile.spec import at_target
 
 if TYPE_CHECKING:
     from sdcompile.bundle import Manifest
@@ -56,20 +57,22 @@ def recipe_of(folder: Path, manifest: Manifest, named: Sequence[str]) -> dict[st
 
 
 def verify_bundle(
-    folder: Path, source: Sequence[str], store: Store, observer: Observer, *, offline: bool
+    folder: Path, source: Sequence[str], store: Store, observer: Observer, *, offline: bool, target: str | None = None
 ) -> dict[str, Any]:
     """Compare a finished bundle's engines with their source again, on this machine.
 
-    source: what was named of it (see `sources_of`).
+    source: what was named of it (see `sources_of`). Of several targets, `target` is compared, or all that run here.
     The reference recordings come from the store or are made; the bundle is only read. Raises
-    VerifyError when a floor is missed, HostError when one of its engines cannot run here.
+    VerifyError when a floor is missed, HostError when no engine that is asked for can run here.
     """
     from sdcompile.steps import verify
     from sdcompile.steps.report import fault
 
     manifest = bundle.read(folder)
-    bundle.check(folder, manifest)
-    require_backends(folder, manifest, tuple(manifest.components))
+    ways, unfit = runnable(folder, manifest, target)
+    bundle.check(folder, manifest, _read(ways) if manifest.targets else ("",))
+    for verdict in unfit:
+        observer.warn(f"{verdict.target} is not verified: {verdict.fault.message if verdict.fault else ''}")
     recipe = Recipe.model_validate(recipe_of(folder, manifest, source), context=known_names())
     work = lay_out(recipe, Path.cwd(), store, offline=offline)
     plan = work.plan.until("verify")
@@ -77,13 +80,16 @@ def verify_bundle(
     if not records:
         raise StageError(f"{folder} was built with a backend that cannot be verified")
     work.plan = plan.upstream_of(records)
+    reports: dict[str, Any] = {}
     with observer.watching(work.plan):
         samples = build(work, "verify", observer)[records[0]]
-        reports = verify.recheck(folder, manifest, samples)
-    for component, report in reports.items():
-        if not report["passed"]:
-            raise fault(report, folder)
-        observer.note(f"{component}: passed")
+        for one in ways:
+            for component, report in verify.recheck(folder, one, samples).items():
+                name = at_target(component, one.target)
+                if not report["passed"]:
+                    raise fault(report, folder, one.target)
+                observer.note(f"{name}: passed")
+                reports[name] = report
     return {
         "name": manifest.name,
         "bundle": str(folder),
@@ -92,3 +98,9 @@ def verify_bundle(
         "reports": reports,
         "fallbacks": {},
     }
+
+
+def _read(ways: list[Manifest]) -> tuple[str, ...]:
+    """What images of these targets are made of: the start of the names of their files."""
+    folders = [f"{one.folder_of(name)}/" for one in ways for name in one.components]
+    return (*dict.fromkeys(folders), "samplers/", "tokenizer/")

@@ -23,8 +23,8 @@ from sdcompile.families import FAMILIES
 from sdcompile.files import link_tree
 from sdcompile.passes import PASSES
 from sdcompile.plan import SOURCE, Machine, Plan, Step, resolve
-from sdcompile.recipe import ComponentRecipe, Recipe, load
-from sdcompile.spec import PIPELINE, Job, Precision, Say, Stage, say_nothing
+from sdcompile.recipe import Recipe, load
+from sdcompile.spec import PIPELINE, Job, Precision, Say, Stage, at_target, say_nothing
 from sdcompile.steps import OPS
 
 if TYPE_CHECKING:
@@ -130,7 +130,9 @@ def check_fit(plan: Plan, store: Store) -> None:
     missing = [step for step in plan if wanted(plan, store).get(step.name)]
     obstacles = [f"{step.name}: {step.cannot}" for step in missing if step.cannot]
     if obstacles:
-        raise HostError("\n".join(obstacles), "`sdcompile doctor` lists what this machine has")
+        targets = dict.fromkeys(step.target for step in missing if step.cannot and step.target)
+        way_out = f", or build without {', '.join(targets)}: take it out of `targets`" if targets else ""
+        raise HostError("\n".join(obstacles), f"`sdcompile doctor` lists what this machine has{way_out}")
     _, available = machine.memory_bytes()
     largest = max(missing, key=lambda step: step.memory_bytes, default=None)
     if largest and largest.memory_bytes > available:
@@ -167,44 +169,43 @@ def build(
             name = _fallback_component(work, missed)
             if name is None:
                 raise missed.error from None
-            asked = work.recipe.effective(name).precision
+            asked = work.recipe.by_target()[missed.target].effective(name).precision
             note = (
                 f"asked for {asked}, built in fp32 because verification failed: {missed.error.message.splitlines()[0]}"
             )
-            observer.warn(f"{name}: {note}")
-            _fall_back(work, name, "fp32", note)
+            _fall_back(work, name, missed.target, "fp32", note, observer)
         except _Lost as lost:
             race = lost.race
             note = (
                 f"asked for {race['precision']}, built in {race['rival']}, because {race['precision']} does not win "
                 f"here: it is {race['speedup']:.2f} times as fast, and accept_if wants {race['wanted']:g}"
             )
-            observer.warn(f"{race['component']}: {note}")
-            _fall_back(work, race["component"], race["rival"], note)
+            _fall_back(work, race["component"], lost.target, race["rival"], note, observer)
 
 
-def _fall_back(work: Build, component: str, precision: Precision, note: str) -> None:
-    """Plan again with one component in another precision; the manifest will hold `note`."""
-    work.fallbacks[component] = note
-    own = work.recipe.components.get(component, ComponentRecipe()).model_copy(update={"precision": precision})
-    work.recipe = work.recipe.model_copy(update={"components": {**work.recipe.components, component: own}})
+def _fall_back(work: Build, component: str, target: str, precision: Precision, note: str, observer: Observer) -> None:
+    """Plan again with one component (of one target) in another precision; the manifest will hold `note`."""
+    name = at_target(component, target)
+    observer.warn(f"{name}: {note}")
+    work.fallbacks[name] = note
+    work.recipe = work.recipe.in_precision(component, precision, target)
     work.plan = resolve(work.recipe, work.source, this_machine(), work.fallbacks)
 
 
 class _Lost(Exception):  # noqa: N818 - a turn of the loop, not an error a user meets
     """A quantized engine was not fast enough to be kept."""
 
-    def __init__(self, race: Mapping[str, Any]) -> None:
+    def __init__(self, race: Mapping[str, Any], target: str = "") -> None:
         super().__init__(race["component"])
-        self.race = race
+        self.race, self.target = race, target
 
 
 class _Missed(Exception):  # noqa: N818 - a turn of the loop, not an error a user meets
     """A report says its floor was missed."""
 
-    def __init__(self, component: str, error: VerifyError, report: Mapping[str, Any]) -> None:
-        super().__init__(component)
-        self.component, self.error, self.report = component, error, report
+    def __init__(self, step: Step, error: VerifyError, report: Mapping[str, Any]) -> None:
+        super().__init__(step.of)
+        self.component, self.target, self.error, self.report = step.component, step.target, error, report
 
 
 def _fallback_component(work: Build, missed: _Missed) -> str | None:
@@ -217,11 +218,10 @@ def _fallback_component(work: Build, missed: _Missed) -> str | None:
         if missed.report["worst"]["passed"]:
             return None  # what step caching costs, it costs in every precision
         candidates = [family.denoiser, *family.required]
+    recipe = work.recipe.by_target()[missed.target]
     for name in candidates:
-        if (
-            work.recipe.effective(name).precision != "fp32"
-            and "fp32" in BACKENDS[work.recipe.effective(name).backend].realises
-        ):
+        chosen = recipe.effective(name)
+        if chosen.precision != "fp32" and "fp32" in BACKENDS[chosen.backend].realises:
             return name
     return None
 
@@ -249,13 +249,13 @@ def _gate(step: Step, folder: Path) -> None:
     if step.gives == "race":
         race = json.loads((folder / "race.json").read_text(encoding="utf-8"))
         if not race["won"]:
-            raise _Lost(race)
+            raise _Lost(race, step.target)
         return
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if not report["passed"]:
         from sdcompile.steps.report import fault
 
-        raise _Missed(step.component, fault(report, folder), report)
+        raise _Missed(step, fault(report, folder, step.target), report)
 
 
 def _make(work: Build, step: Step, paths: Mapping[str, Path], observer: Observer) -> Path:

@@ -30,6 +30,11 @@ PIPELINE = "pipeline"
 """The name under which steps that belong to no single component are planned."""
 
 
+def at_target(name: str, target: str) -> str:
+    """How what belongs to one of several targets is called: unet@openvino. Without a target, `name` itself."""
+    return f"{name}@{target}" if target else name
+
+
 class Range(NamedTuple):
     """What one shape letter may be: smallest, most usual and largest value."""
 

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 from sdcompile import machine
 from sdcompile.backends import BACKENDS
 from sdcompile.bundle import read as read_bundle
-from sdcompile.errors import BundleError, HostError, RecipeError
+from sdcompile.errors import BundleError, RecipeError
 from sdcompile.files import size_bytes
 from sdcompile.passes import PASSES, quantization
 from sdcompile.passes.base import read_effect
 from sdcompile.run import Build, wanted
-from sdcompile.spec import PIPELINE, Stage
+from sdcompile.spec import PIPELINE, Stage, at_target
 
 if TYPE_CHECKING:
+    from sdcompile.bundle import ComponentEntry
     from sdcompile.plan import Step
+    from sdcompile.runtime.choosing import Fit
 
 
 def check_component(work: Build, only: str | None) -> None:
@@ -40,7 +42,7 @@ def check_stage(work: Build, stage: Stage) -> None:
 def outcome(work: Build, paths: Mapping[str, Path], placed: Path | None) -> dict[str, Any]:
     """What a command has to show at its end: the bundle, its size, every report, and what passes did."""
     reports = {
-        step.component: json.loads((paths[step.name] / "report.json").read_text(encoding="utf-8"))
+        step.of: json.loads((paths[step.name] / "report.json").read_text(encoding="utf-8"))
         for step in work.plan
         if step.gives == "report" and step.name in paths
     }
@@ -58,15 +60,18 @@ def outcome(work: Build, paths: Mapping[str, Path], placed: Path | None) -> dict
 def _effects(work: Build, paths: Mapping[str, Path], bundle: Path | None) -> dict[str, Any]:
     """Component -> {"passes": what each pass did, "race": int8 against the rest}: of the bundle, or of steps made."""
     if bundle is not None:
-        entries = read_bundle(bundle).components
-        found = {name: {"passes": entry.effects, "race": entry.race} for name, entry in entries.items()}
+        found = {
+            at_target(name, target): {"passes": entry.effects, "race": entry.race}
+            for target, one in read_bundle(bundle).by_target().items()
+            for name, entry in one.components.items()
+        }
         return {name: row for name, row in found.items() if row["passes"] or row["race"]}
     told: dict[str, Any] = {}
     for step in work.plan:
         if step.op in PASSES and not step.variant and step.name in paths:
             effect = read_effect(paths[step.name])
             if effect is not None:
-                row = told.setdefault(step.component, {"passes": [], "race": {}})
+                row = told.setdefault(step.of, {"passes": [], "race": {}})
                 row["passes"].append({"pass": step.op, **effect})
     return told
 
@@ -78,16 +83,10 @@ _ASKED_BY: dict[Stage, str] = {
 }
 
 
-def quantized(work: Build, only: str | None) -> list[str]:
-    """Components that a pass with parameters quantizes."""
-    found = [
-        step.component for step in work.plan if step.op in PASSES and quantization((step.op,)) and not step.variant
-    ]
-    return [name for name in dict.fromkeys(found) if only in (None, name)]
-
-
-def quantization_step(work: Build, component: str) -> str:
-    return next(s.name for s in work.plan if s.component == component and s.op in PASSES and quantization((s.op,)))
+def quantized(work: Build, only: str | None) -> dict[str, Step]:
+    """Component (of one of several targets: unet@openvino) -> the pass with parameters that quantizes it."""
+    found = (s for s in work.plan if s.op in PASSES and quantization((s.op,)) and not s.variant)
+    return {step.of: step for step in found if only in (None, step.component)}
 
 
 def rows(work: Build, only: str | None) -> list[dict[str, Any]]:
@@ -104,7 +103,8 @@ def rows(work: Build, only: str | None) -> list[dict[str, Any]]:
             state, reason = ("cannot", step.cannot) if step.cannot else ("make", _reason(work, step))
         table.append(
             {
-                "step": step.name, "component": step.component, "stage": step.stage, "op": step.op, "state": state,
+                "step": step.name, "component": step.component, "target": step.target, "stage": step.stage,
+                "op": step.op, "state": state,
                 "reason": reason, "memory_bytes": step.memory_bytes, "disk_bytes": step.disk_bytes, "key": step.key,
             }
         )  # fmt: skip
@@ -171,35 +171,61 @@ def doctor(store: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fitness(folder: Path) -> dict[str, Any]:
+def fitness(folder: Path, target: str | None = None) -> dict[str, Any]:
     """Can this machine run the bundle at `folder`? Per component which engine, or why not and what to type.
 
-    Reads the manifest and asks the backends; loads no engine. Raises BundleError when `folder` is no bundle.
+    Of several targets: each of them, or `target` alone; which would be run; and what to install or build besides.
+    Reads the manifest and asks the backends; loads no engine. Raises BundleError when `folder` is no bundle,
+    RecipeError when `target` is none of its targets.
     """
     from sdcompile import bundle
-    from sdcompile.runtime.opening import fitting
+    from sdcompile.runtime import choosing
 
-    manifest = bundle.read(folder)
-    rows = []
-    for name, entry in manifest.components.items():
-        row: dict[str, Any] = {"component": name, "backend": entry.backend, "precision": entry.precision}
-        try:
-            found = {"runs": True, "engine": fitting(folder, manifest, name), "reason": "", "hint": ""}
-        except HostError as error:
-            found = {"runs": False, "engine": "", "reason": error.message, "hint": error.hint}
-        rows.append(row | found)
-    return {"bundle": str(folder), "runs": all(row["runs"] for row in rows), "components": rows}
+    whole = bundle.read(folder)
+    if target is not None:
+        choosing.named(folder, whole, target)
+    ways = whole.by_target()
+    verdicts = [choosing.judge(folder, one) for one in ways.values()]
+    told = [
+        {
+            "target": verdict.target, "runs": verdict.fault is None,
+            "components": [_fit(ways[verdict.target].components[fit.component], fit) for fit in verdict.fits],
+        }
+        for verdict in verdicts
+        if target in (None, verdict.target)
+    ]  # fmt: skip
+    runs = any(row["runs"] for row in told)
+    if not whole.targets:
+        return {"bundle": str(folder), "runs": runs, "components": told[0]["components"]}
+    chosen = next((verdict.target for verdict in verdicts if verdict.fault is None), None)
+    hints = choosing.remedies(whole, verdicts)
+    return {"bundle": str(folder), "runs": runs, "target": chosen, "targets": told, "hints": hints}
 
 
-def layer_tables(folder: Path) -> dict[str, dict[str, Any]]:
+def _fit(entry: ComponentEntry, fit: Fit) -> dict[str, Any]:
+    reason, hint = (fit.fault.message, fit.fault.hint) if fit.fault is not None else ("", "")
+    return {
+        "component": fit.component, "backend": entry.backend, "precision": entry.precision,
+        "runs": fit.fault is None, "engine": fit.engine, "reason": reason, "hint": hint,
+    }  # fmt: skip
+
+
+def layer_tables(folder: Path, target: str | None = None) -> dict[str, dict[str, Any]]:
     """Component -> engine -> its compiler's layer table and what was claimed of it, of the bundle at `folder`.
+
+    Of several targets: of each (unet@tensorrt_rtx:sm89), or of `target` alone.
 
     Raises BundleError when `folder` is no bundle or none of its engines carries such a table.
     """
     from sdcompile import bundle
     from sdcompile.backends.base import LAYERS
+    from sdcompile.runtime import choosing
 
-    paths = {name: folder / "components" / name / LAYERS for name in bundle.read(folder).components}
+    whole = bundle.read(folder)
+    ways = [choosing.named(folder, whole, target)] if target else whole.by_target().values()
+    paths = {
+        at_target(name, one.target): folder / one.folder_of(name) / LAYERS for one in ways for name in one.components
+    }
     tables = {
         name: json.loads(path.read_text(encoding="utf-8"))["engines"] for name, path in paths.items() if path.is_file()
     }

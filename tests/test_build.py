@@ -489,3 +489,111 @@ def test_a_floor_missed_by_the_onnx_names_it_and_not_the_engine(nvidia):
     assert told["commands"]["vae_decoder"][0].startswith(
         "POLYGRAPHY_USE_TENSORRT_RTX=1 polygraphy run typed/model.onnx"
     )
+
+
+# Several targets in one bundle -------------------------------------------------------------------
+
+TARGETS = (
+    "[{name: gpu, backend: openvino, components: {vae_decoder: {backend: tensorrt_rtx, precision: fp16, "
+    "build: {compute_capabilities: [portable, sm89]}}}}, openvino, "
+    "{name: mixed, backend: openvino, components: {vae_decoder: {backend: onnxruntime}}}]"
+)
+
+
+@pytest.fixture(scope="module")
+def fat(nvidia) -> tuple[Place, list[dict]]:
+    """The real place once more, for three targets, and the events of that build."""
+    changes = ("name=fat", "backend=", f"targets={TARGETS}")
+    options = [option for change in changes for option in ("--set", change)]
+    events = nvidia.events("build", nvidia.recipe, "--output", nvidia.folder / "fat", *options)
+    return nvidia, events
+
+
+def test_a_bundle_of_several_targets_makes_again_only_what_no_other_build_made(fat):
+    _, events = fat
+    steps = {step for step in made(events) if ".verify." not in step}
+    assert steps == {
+        "vae_decoder.export.onnx@mixed", "vae_decoder.compile.onnxruntime@mixed", "pipeline.package.bundle",
+    }  # fmt: skip
+    (result,) = (event for event in events if event["event"] == "result")
+    assert {"unet@gpu", "vae_decoder@gpu", "pipeline@gpu", "vae_decoder@mixed", "pipeline@mixed"} <= set(
+        result["reports"]
+    )
+    assert all(report["passed"] for report in result["reports"].values())
+
+
+def test_what_targets_share_lies_once_in_the_bundle(fat):
+    place, _ = fat
+    bundle = place.folder / "fat" / "fat.sdc"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["schema_version"] == 2
+    folders = {name: row["folders"] for name, row in manifest["targets"].items()}
+    assert folders["mixed"] == {
+        "text_encoder": "components/gpu/text_encoder", "unet": "components/gpu/unet",
+        "vae_decoder": "components/mixed/vae_decoder",
+    }  # fmt: skip
+    assert sorted(path.name for path in (bundle / "components").iterdir()) == ["gpu", "mixed", "openvino"]
+    assert [path.name for path in (bundle / "components" / "openvino").iterdir()] == ["vae_decoder"]
+    for name in manifest["targets"]:
+        assert json.loads((bundle / "reports" / name / "verify.json").read_text())["passed"]
+
+
+def drawn(bundle: Path, target: str | None = None) -> np.ndarray:
+    import sdcompile
+
+    with sdcompile.load(bundle, target=target) as pipe:
+        return np.asarray(pipe("a red circle", seed=1, num_inference_steps=4).images[0], float)
+
+
+def test_the_target_that_runs_is_taken_and_every_target_draws_the_same_picture(fat):
+    place, _ = fat
+    bundle = place.folder / "fat" / "fat.sdc"
+    told = place.run("generate", bundle, "a red circle", "--seed", "1", "--steps", "4", "-o", "own")
+    words = "openvino, the first target that runs here (not gpu: vae_decoder (tensorrt_rtx) was built for portable"
+    assert words in told.stderr
+    own = np.asarray(Image.open(next((place.folder / "own").glob("*.png"))), float)
+    openvino, mixed = drawn(bundle, "openvino"), drawn(bundle, "mixed")
+    np.testing.assert_array_equal(own, openvino)
+    assert np.abs(mixed - openvino).max() <= 2
+    assert "target gpu cannot run here" in place.run("generate", bundle, "x", "--target", "gpu", expect=3).stderr
+
+
+def test_check_inspect_and_verify_tell_of_every_target(fat):
+    place, _ = fat
+    bundle = place.folder / "fat" / "fat.sdc"
+    (event,) = place.events("check", bundle)
+    assert (event["target"], [row["runs"] for row in event["targets"]]) == ("openvino", [False, True, True])
+    place.run("check", bundle, "--target", "gpu", expect=3)
+    told = place.run("inspect", bundle).stdout
+    assert "mixed" in told
+    assert "vae_decoder@gpu: the engine was not run (no NVIDIA driver was found here)" in told
+    events = place.events("verify", bundle)
+    assert any("gpu is not verified" in event.get("text", "") for event in events)
+    parts = ("text_encoder", "unet", "vae_decoder", "pipeline")
+    assert set(events[-1]["reports"]) == {f"{part}@{name}" for name in ("openvino", "mixed") for part in parts}
+
+
+def test_one_target_taken_out_is_a_bundle_of_its_own_and_draws_the_same(fat):
+    place, _ = fat
+    whole = place.folder / "fat" / "fat.sdc"
+    (event,) = place.events("extract", whole, "--target", "mixed", "-o", place.folder / "thin")
+    bundle = Path(event["bundle"])
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert (manifest["name"], manifest["schema_version"], "targets" in manifest) == ("fat-mixed", 1, False)
+    assert {name: row["backend"] for name, row in manifest["components"].items()} == {
+        "text_encoder": "openvino", "unet": "openvino", "vae_decoder": "onnxruntime",
+    }  # fmt: skip
+    assert not [path for path in manifest["files"] if path.startswith(("components/gpu", "reports/gpu"))]
+    assert place.events("verify", bundle)[-1]["reports"]["vae_decoder"]["passed"]
+    np.testing.assert_array_equal(drawn(bundle), drawn(whole, "mixed"))
+    assert "has no target none" in place.run("extract", whole, "--target", "none", expect=2).stderr
+    assert "has one target" in place.run("extract", bundle, "--target", "mixed", expect=2).stderr
+
+
+def test_a_target_that_misses_its_floor_stops_the_build_and_is_named(fat):
+    place, _ = fat
+    low = TARGETS.replace("[{name: gpu", "[{name: gpu, verify: {vae_decoder: {min_snr_db: 200}}")
+    changes = ("name=fat", "backend=", f"targets={low}")
+    options = [option for change in changes for option in ("--set", change)]
+    events = place.events("verify", place.recipe, *options, expect=5)
+    assert events[-1]["message"].startswith("target gpu: the ONNX (run by onnxruntime, not the engine) of vae_decoder")

@@ -383,6 +383,6 @@ def test_the_manifest_carries_what_passes_did(tmp_path):
 
     write_effect(tmp_path, parameters=(4, 3), size_bytes=(16, 12), snr_db={"early": 20.0}, heads=2)
     entry = {"backend": "stub", "precision": "fp32", "params": {}, "spec": {}, "passes": ["shorten"]}
-    made = package._component("unet", {"components": {"unet": entry}}, None, {"pass.unet.shorten": tmp_path})
+    made = package._component("unet", entry, None, {"pass.unet.shorten": tmp_path}, fallback=None)
     (effect,) = made.effects
     assert (effect["pass"], effect["parameters"], effect["heads"]) == ("shorten", [4, 3], 2)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile.backends.base import Backend, Card, Host, Probe, card_from_job, read_card, write_card
+from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError, StageError
 from sdcompile.files import link
 from sdcompile.machine import version
@@ -106,6 +107,19 @@ def open_engine(folder: Path, host: Host) -> OnnxRuntimeEngine:
     device = "cpu" if options.provider == "auto" else options.provider
     session = _session(folder / "model.onnx", device, options, host)
     return OnnxRuntimeEngine(card, session, device)
+
+
+def fits_here(folder: Path) -> str:
+    """Nothing to choose from; raises HostError where the provider the engine in `folder` asks for cannot be here."""
+    card = read_card(folder, BACKEND.name)
+    if card.options.get("provider", "auto") == "cuda":
+        if "cuda" not in probe().devices:
+            raise HostError(
+                f"{card.component} (onnxruntime) was built for CUDA; the onnxruntime installed here has no CUDA", _HINT
+            )
+        if reason := driver.look().reason:
+            raise HostError(f"{card.component} (onnxruntime) was built for CUDA and cannot run here: {reason}")
+    return ""
 
 
 def _session(
@@ -216,5 +230,6 @@ BACKEND = Backend(
     probe=probe,
     build=build,
     open=open_engine,
+    fits=fits_here,
     export={"attention": "mha"},
 )

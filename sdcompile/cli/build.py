@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from sdcompile.cli.words import STORE, Force, Json, Offline, Only, Output, RecipePath, Sets, StorePath, app, reported
+from sdcompile.cli.words import (
+    STORE,
+    BundlePath,
+    Force,
+    Json,
+    Offline,
+    Only,
+    Output,
+    RecipePath,
+    Sets,
+    StorePath,
+    app,
+    reported,
+)
 from sdcompile.errors import RecipeError, VerifyError
 from sdcompile.spec import Stage
 
@@ -96,6 +109,12 @@ def verify(
             metavar="SOURCE",
         ),
     ] = None,
+    of_target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", help="For a bundle: one of its targets.  [default: all that run here]", metavar="NAME"
+        ),
+    ] = None,
     store: StorePath = STORE,
     set_: Sets = None,
     only: Only = None,
@@ -117,6 +136,8 @@ def verify(
     `sdcompile verify artifacts/tiny-openvino-bf16.sdc --source builtin:tiny`
     """
     if not target.is_dir():
+        if of_target is not None:
+            raise RecipeError(f"--target: {target} is no bundle", "a recipe is verified for all of its targets")
         _build(target, "verify", STORE, store, tuple(set_ or ()), only, offline, force, json, polygraphy)
         return
     if polygraphy is not None:
@@ -127,6 +148,26 @@ def verify(
     from sdcompile.store import Store
 
     observer = console.observer(json_mode=json)
-    console.show_result(
-        recheck.verify_bundle(target, source or (), Store(store), observer, offline=offline), json_mode=json
-    )
+    found = recheck.verify_bundle(target, source or (), Store(store), observer, offline=offline, target=of_target)
+    console.show_result(found, json_mode=json)
+
+
+@app.command(short_help="One target of a bundle, as a bundle.", rich_help_panel="Build")
+@reported
+def extract(
+    bundle: BundlePath,
+    target: Annotated[str, typer.Option("--target", help="The target to take out.", metavar="NAME")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to.  [default: beside BUNDLE]", metavar="DIR")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Take one target out of a bundle of several, for machines that need no other: NAME-TARGET.sdc.
+
+    Nothing is built again: files are linked, figures of verification go along.
+
+    Example: `sdcompile extract artifacts/tiny-fat.sdc --target openvino`
+    """
+    from sdcompile import console, extraction
+
+    console.show_extracted(extraction.extract(bundle, target, output), json_mode=json)

@@ -33,9 +33,10 @@ def sensitivity(
     names = status.quantized(run.prepare(recipe, sets, Store(store), offline=offline), only)
     if not names:
         raise RecipeError(f"{recipe} has no component of precision int8", "--set components.unet.precision=int8")
-    asked = tuple(f"components.{name}.quantize.sensitivity=true" for name in names)
+    components = dict.fromkeys(step.component for step in names.values())
+    asked = tuple(f"components.{name}.quantize.sensitivity=true" for name in components)
     work = run.prepare(recipe, (*sets, *asked), Store(store), offline=offline)
-    steps = {name: status.quantization_step(work, name) for name in names}
+    steps = {name: step.name for name, step in status.quantized(work, only).items()}
     observer = console.observer(json_mode=json)
     work.plan = work.plan.upstream_of(steps.values())
     with observer.watching(work.plan):

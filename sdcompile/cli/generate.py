@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdcompile.cli.words import BundlePath, Json, app, reported
+from sdcompile.cli.words import BundlePath, Json, Target, app, reported
 from sdcompile.errors import RecipeError
 
 _PROMPT = "The prompt"
@@ -112,6 +112,7 @@ def generate(
         bool, typer.Option("--warm-up", help="Run every engine once before the first image.", rich_help_panel=_MANY)
     ] = False,
     threads: Annotated[int | None, typer.Option("--threads", help="Threads per engine.", min=1)] = None,
+    target: Target = None,
     json: Json = False,
 ) -> None:
     """Make images with a bundle. No torch is needed.
@@ -144,11 +145,13 @@ def generate(
     with console.generating(total, json_mode=json) as progress:
         if workers:
             files = generate_many(
-                bundle, rows, output, common=common, count=workers, threads=threads, caches=caches,
+                bundle, rows, output, common=common, count=workers, threads=threads, caches=caches, target=target,
                 progress=progress,
             )  # fmt: skip
         else:
-            pipeline = load(bundle, threads=threads, **caches)
+            pipeline = load(bundle, threads=threads, target=target, **caches)
+            if pipeline.why:
+                console.note(f"target {pipeline.why}")
             if warm_up:
                 console.note(f"warm after {pipeline.warm_up():.1f} s")
             files = generate_files(pipeline, rows, output, common=common, latents=latents, progress=progress)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdcompile.cli.words import STORE, Force, Json, Offline, StorePath, app, reported
+from sdcompile.cli.words import STORE, Force, Json, Offline, StorePath, Target, app, reported
 
 Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="One or more bundle folders.")]
 Source = Annotated[
@@ -24,6 +24,13 @@ Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps.", m
 Guidance = Annotated[float | None, typer.Option("--guidance-scale", help="How strongly the prompt guides.")]
 Sampler = Annotated[str | None, typer.Option("--sampler", help="One of the bundle's samplers.")]
 Size = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels.", metavar="WxH")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", help="Of bundles of several targets, one of them. Repeatable.  [default: what runs here]",
+        metavar="NAME",
+    ),
+]  # fmt: skip
 Results = Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures as JSON.", metavar="FILE")]
 Summary = Annotated[
     Path | None, typer.Option("--summary", help="Append a Markdown table, as for $GITHUB_STEP_SUMMARY.", metavar="FILE")
@@ -46,6 +53,7 @@ def bench(
         ),
     ] = None,
     source: Source = None,
+    target: Targets = None,
     processes: Annotated[int, typer.Option("--processes", help="Fresh starts per contender.", min=1)] = 3,
     images: Annotated[int, typer.Option("--images", help="Timed images per process.", min=1)] = 5,
     batch: Annotated[
@@ -79,6 +87,7 @@ def bench(
 
     Examples: `sdcompile bench artifacts/tiny-openvino-bf16.sdc --vs diffusers-fp32,torch-compile`,
     `sdcompile bench new.sdc old.sdc --images 10 --batch 1,4`,
+    `sdcompile bench my.sdc --target openvino --target onnxruntime`,
     `sdcompile bench a.sdc --baseline a.json --max-regression 5%`
     """
     from sdcompile import console, machine
@@ -103,7 +112,9 @@ def bench(
     peers = list(dict.fromkeys(name.strip() for name in vs.split(","))) if vs else []
     model = sources.folders(bundles[0], source or ()) if peers else {}
     with console.progressing(json_mode=json) as say:
-        result = benches.bench(bundles, peers, model=model, ask=ask, settings=settings, say=say)
+        result = benches.bench(
+            bundles, peers, model=model, targets=tuple(target or ()), ask=ask, settings=settings, say=say
+        )
     if old is not None:
         result["baseline"] = baselines.compare(result, old, allowed)
     _tell(result, tables.bench(result), output, summary, json)
@@ -116,6 +127,7 @@ def bench(
 def evaluate(
     bundles: Bundles,
     source: Source = None,
+    target: Targets = None,
     prompts: Annotated[int, typer.Option("--prompts", help="How many prompts.", min=1)] = 64,
     prompts_file: Annotated[
         Path | None, typer.Option("--prompts-file", help="Prompts to use instead, one a line.", metavar="FILE")
@@ -168,7 +180,7 @@ def evaluate(
     height, width = _sides(size)
     asked = evaluating.Asked(
         contenders.Ask(steps, guidance_scale, sampler, height, width), prompts, prompts_file, seed, reference,
-        features, real, step_cache,
+        features, real, step_cache, tuple(target or ()),
     )  # fmt: skip
     sources = [source or ()] * len(bundles)
     with console.progressing(json_mode=json) as say:
@@ -226,6 +238,7 @@ def report(
         Path | None, typer.Option("--eval", help="A folder written by eval --output.", metavar="DIR")
     ] = None,
     run: Annotated[bool, typer.Option("--run/--no-run", help="Make an image, to show where its time goes.")] = True,
+    of_target: Target = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page.  [default: TARGET/report.html, or NAME.html]")
     ] = None,
@@ -245,7 +258,7 @@ def report(
         page, default = reports.of_experiment(target), target / "report.html"
     else:
         found = baseline.read(bench_result) if bench_result else None
-        page = reports.of_bundle(target, found, evaluation, reports.timed(target) if run else None)
+        page = reports.of_bundle(target, found, evaluation, reports.timed(target, of_target) if run else None)
         default = target.parent / f"{target.resolve().name.removesuffix('.sdc')}.html"
     writing.write_text(output or default, page)
     console.note(f"wrote {output or default}")

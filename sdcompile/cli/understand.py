@@ -91,6 +91,9 @@ def inspect(
     layers: Annotated[
         bool, typer.Option("--layers", help="The compiler's own layer tables of NVIDIA engines, and what they prove.")
     ] = False,
+    target: Annotated[
+        str | None, typer.Option("--target", help="One of a bundle's targets.  [default: all]", metavar="NAME")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Print what a bundle is, without loading an engine.
@@ -99,24 +102,37 @@ def inspect(
     """
     from sdcompile import bundle as bundles
     from sdcompile import console, status
+    from sdcompile.runtime import choosing
 
     if layers:
-        console.show_layers(status.layer_tables(bundle), json_mode=json)
+        console.show_layers(status.layer_tables(bundle, target), json_mode=json)
         return
     manifest = bundles.read(bundle)
+    if target is not None:
+        choosing.named(bundle, manifest, target)
+        manifest = manifest.model_copy(update={"targets": {target: manifest.targets[target]}})
     console.show_manifest(bundle, manifest.model_dump(mode="json"), bundles.digest(bundle), json_mode=json)
 
 
 @app.command(short_help="Can this machine run a bundle?", rich_help_panel="Understand")
 @reported
-def check(bundle: BundlePath, json: Json = False) -> None:
+def check(
+    bundle: BundlePath,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Only this one of a bundle's targets.", metavar="NAME")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Say, without loading an engine, whether this machine can run a bundle and what would have to be rebuilt.
 
-    Exit code 3 when it cannot. Example: `sdcompile check artifacts/tiny-openvino-bf16.sdc`
+    Of a bundle of several targets, which of them run here and which one `generate` takes. Exit code 3 when
+    none does.
+
+    Examples: `sdcompile check artifacts/tiny-openvino-bf16.sdc`, `sdcompile check my.sdc --target openvino`
     """
     from sdcompile import console, status
 
-    found = status.fitness(bundle)
+    found = status.fitness(bundle, target)
     console.show_fitness(found, json_mode=json)
     if not found["runs"]:
         raise typer.Exit(HostError.exit_code)

@@ -43,6 +43,10 @@ Only = Annotated[str | None, typer.Option("--only", help="Make only what this co
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network; use what is cached.")]
 Force = Annotated[bool, typer.Option("--force", help="Start even if memory or disk look too small.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON event per line on stdout.")]
+Target = Annotated[
+    str | None,
+    typer.Option("--target", help="One of a bundle's targets.  [default: the first that runs here]", metavar="NAME"),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder the bundle is written to.", metavar="DIR")]
 
 STORE = Path("artifacts")

@@ -9,7 +9,7 @@ what it is given has the attributes and keys it names.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,16 @@ def show_manifest(bundle: Path, manifest: Mapping[str, Any], digest: str, *, jso
     _show("bundle", {"path": str(bundle), "digest": digest, "manifest": manifest}, "manifest", json_mode)
 
 
+def show_extracted(bundle: Path, *, json_mode: bool = False) -> None:
+    """The bundle that was written, and its size."""
+    from sdcompile.files import size_bytes
+
+    if json_mode:
+        terminal.emit("extracted", bundle=str(bundle), bytes=size_bytes(bundle))
+        return
+    terminal.to_stdout(f"{bundle} ({terminal.size(size_bytes(bundle))})")
+
+
 def show_measured(result: Mapping[str, Any], tables: Sequence[Any], *, json_mode: bool = False) -> None:
     """A result of measuring: as one event, or as tables (title, columns, rows, notes)."""
     _show(str(result["kind"]), result if json_mode else {"tables": tables}, "measured", json_mode)
@@ -144,8 +154,13 @@ def show_layers(tables: Mapping[str, Any], *, json_mode: bool = False) -> None:
 
 
 def show_fitness(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
-    """Whether this machine can run a bundle, per component."""
-    _show("fitness", facts, "fitness", json_mode)
+    """Whether this machine can run a bundle, per component, or per target where there are several."""
+    if json_mode:
+        terminal.emit("fitness", **facts)
+        return
+    from sdcompile.console import fitness
+
+    _print(fitness.page(facts))
 
 
 def show_commands(folder: Path, commands: Mapping[str, Sequence[str]], *, json_mode: bool = False) -> None:
@@ -237,5 +252,9 @@ def _show(event: str, facts: Mapping[str, Any], page: str, json_mode: bool) -> N
         return
     from sdcompile.console import pages
 
-    for part in getattr(pages, page)(facts):
+    _print(getattr(pages, page)(facts))
+
+
+def _print(parts: Iterable[Any]) -> None:
+    for part in parts:
         terminal.stdout().print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)

@@ -28,7 +28,7 @@ def error(fault: SdcompileError) -> Panel:
     return Panel(text, title=f"{title} error".strip(), title_align="left", border_style="red", box=box.ROUNDED)
 
 
-def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+def grid(*columns: str, right: Sequence[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
@@ -36,7 +36,7 @@ def _table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 
 def plan(rows: Sequence[Facts]) -> Table:
-    table = _table("step", "", "memory", "disk", "reason", right=("memory", "disk"))
+    table = grid("step", "", "memory", "disk", "reason", right=("memory", "disk"))
     for index in range(4):
         table.columns[index].no_wrap = True
     for row in rows:
@@ -87,7 +87,7 @@ def doctor(facts: Facts) -> Iterator[Any]:
     yield f"processor  {facts['cpu']}, {facts['threads']} threads ({features})"
     yield f"memory     {size(facts['memory_available_bytes'])} available of {size(facts['memory_bytes'])}"
     yield f"store      {facts['store']}: {size(facts['disk_free_bytes'])} free on its disk"
-    table = _table("backend", "version", "devices", "precisions", "")
+    table = grid("backend", "version", "devices", "precisions", "")
     for row in facts["backends"]:
         words = (
             " ".join(row["notes"])
@@ -119,7 +119,12 @@ def result(facts: Facts) -> Iterator[Any]:
         yield Text(f"{component}: {text}", style="yellow")
     if facts["bundle"]:
         yield f"{facts['bundle']} ({size(facts['bytes'])})"
-        if any(report.get("stand_in") for report in facts["reports"].values()):
+        # Of several targets one that ran is enough to go on with.
+        unrun: dict[str, bool] = {}
+        for name, report in facts["reports"].items():
+            target = name.partition("@")[2]
+            unrun[target] = unrun.get(target, False) or bool(report.get("stand_in"))
+        if unrun and all(unrun.values()):
             yield f"next, on a machine that can run it: sdcompile verify {facts['bundle']} --source SOURCE"
         else:
             yield f'next: sdcompile generate {facts["bundle"]} "a prompt"'
@@ -128,7 +133,7 @@ def result(facts: Facts) -> Iterator[Any]:
 
 
 def _figures(reports: Mapping[str, Facts]) -> Table:
-    table = _table("verified", "backend", "precision", "worst", "floor", "")
+    table = grid("verified", "backend", "precision", "worst", "floor", "")
     for name, report in reports.items():
         worst, floor = report.get("worst") or {}, report.get("floor") or {}
         if worst.get("psnr_db") is not None:
@@ -140,7 +145,7 @@ def _figures(reports: Mapping[str, Facts]) -> Table:
             figures, floors = "", ""
         passed = report.get("passed", False)
         table.add_row(
-            Text("whole images" if name == "pipeline" else name),
+            Text(name.replace("pipeline", "whole images", 1) if name.partition("@")[0] == "pipeline" else name),
             Text(str(report.get("backend") or "") + (": its ONNX, on the CPU" if report.get("stand_in") else "")),
             Text(str(report.get("precision") or "")),
             figures,
@@ -183,26 +188,41 @@ def manifest(facts: Facts) -> Iterator[Any]:
     for name, value in rows.items():
         if value is not None:
             yield f"{name:<9} {value}"
-    table = _table("component", "backend", "precision", "verified", "size", right=("size",))
-    for name, entry in data["components"].items():
-        held = sum(f["bytes"] for path, f in data["files"].items() if path.startswith(f"components/{name}/"))
-        table.add_row(Text(name), entry["backend"], entry["precision"], Text(_verdict(entry)), size(held))
+    ways = {name: (row["components"], row["folders"]) for name, row in data.get("targets", {}).items()}
+    ways = ways or {"": (data["components"], {name: f"components/{name}" for name in data["components"]})}
+    columns = ("component", "backend", "precision", "verified", "size")
+    table = grid(*(("target",) if "" not in ways else ()), *columns, right=("size",))
+    changed: dict[str, Facts] = {}
+    notes: dict[str, list[str]] = {}
+    for target, (components, folders) in ways.items():
+        for name, entry in components.items():
+            held = sum(f["bytes"] for path, f in data["files"].items() if path.startswith(f"{folders[name]}/"))
+            row = (Text(name), entry["backend"], entry["precision"], Text(_verdict(entry)), size(held))
+            table.add_row(*((Text(target),) if target else ()), *row)
+            label = f"{name}@{target}" if target else name
+            changed[label] = {"passes": entry.get("effects", ()), "race": entry.get("race")}
+            for text in entry["notes"]:
+                notes.setdefault(text, []).append(label)
     yield table
-    if cost := data["verification"].get("images", {}).get("step_cache"):
-        depths = (entry["params"].get("step_cache_depth") for entry in data["components"].values())
-        yield (
-            f"cached steps, one of every {cost['every']} whole, depth {next(d for d in depths if d)}: "
-            f"in {cost['num_inference_steps']} steps {_cost(cost)}"
-        )
-    changed = {n: {"passes": e.get("effects", ()), "race": e.get("race")} for n, e in data["components"].items()}
+    images = [
+        (row["components"], row.get("verification", {}).get("images", {}))
+        for row in (data.get("targets") or {"": data}).values()
+    ]
+    for components, verified in images:
+        if cost := verified.get("step_cache"):
+            depths = (entry["params"].get("step_cache_depth") for entry in components.values())
+            yield (
+                f"cached steps, one of every {cost['every']} whole, depth {next(d for d in depths if d)}: "
+                f"in {cost['num_inference_steps']} steps {_cost(cost)}"
+            )
     if any(row["passes"] or row["race"] for row in changed.values()):
         yield from effects(changed)
     for name, part in source.get("components", {}).items():
         yield f"{name}: made of {part['id']} (licence: {part['licence'] or 'not stated'}), not of the model's own"
-    yield from _own_decoder(data["verification"].get("images", {}))
-    for name, entry in data["components"].items():
-        for text in entry["notes"]:
-            yield Text(f"{name}: {text}", style="yellow")
+    for _, verified in images:
+        yield from _own_decoder(verified)
+    for text, labels in notes.items():
+        yield Text(f"{', '.join(labels)}: {text}", style="yellow")
 
 
 def _own_decoder(report: Facts) -> Iterator[str]:
@@ -216,9 +236,7 @@ def _own_decoder(report: Facts) -> Iterator[str]:
 
 def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
     """What each pass did to each component, and whether int8 won."""
-    table = _table(
-        "component", "pass", "parameters", "size", "SNR early / mid / late", "", right=("parameters", "size")
-    )
+    table = grid("component", "pass", "parameters", "size", "SNR early / mid / late", "", right=("parameters", "size"))
     for name, row in components.items():
         for effect in row["passes"]:
             (before, after), (old, new) = effect["parameters"], effect["bytes"]
@@ -257,7 +275,7 @@ def sensitivity(facts: Facts) -> Iterator[Any]:
             + f"; lowest SNR of {told['samples']} held out samples, each group alone:",
             style="bold",
         )
-        table = _table("group", "operators", *regions, "noise", right=("operators", *regions))
+        table = grid("group", "operators", *regions, "noise", right=("operators", *regions))
         levels = [min(row["snr_db"].values()) for row in told["groups"]]
         most = max((10 ** (-level / 10) for level in levels), default=1.0)
         for row, level in zip(told["groups"], levels, strict=True):
@@ -286,7 +304,7 @@ def _bounds(bounds: Sequence[int]) -> str:
 def measured(facts: Facts) -> Iterator[Any]:
     for shown in facts["tables"]:
         yield Text(shown.title, style="bold")
-        table = _table(*shown.columns, right=shown.columns[1:])
+        table = grid(*shown.columns, right=shown.columns[1:])
         for row in shown.rows:
             table.add_row(*(Text(cell, style="bold red" if cell == "REGRESSED" else "") for cell in row))
         yield table
@@ -304,7 +322,7 @@ def layers(facts: Facts) -> Iterator[Any]:
 def _layer_table(component: str, engine: str, table: Facts) -> Iterator[Any]:
     summary = table["summary"]
     yield Text(f"{component}, {engine}: {summary['layers']} layers", style="bold")
-    rows = _table("kind", "computes in", "layer", "kernel")
+    rows = grid("kind", "computes in", "layer", "kernel")
     for row in table["layers"]:
         if row["computes"]:
             kernel = "" if row["tactic"].startswith("__myelin") else row["tactic"]
@@ -328,20 +346,6 @@ def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
 
 
-def fitness(facts: Facts) -> Iterator[Any]:
-    table = _table("component", "backend", "precision", "here", "")
-    for row in facts["components"]:
-        table.add_row(
-            Text(row["component"]),
-            Text(row["backend"]),
-            Text(row["precision"]),
-            Text("runs" if row["runs"] else "cannot", style="green" if row["runs"] else "bold red"),
-            Text(row["engine"] or row["reason"]),
-        )
-    yield table
-    yield from dict.fromkeys(row["hint"] for row in facts["components"] if row["hint"])
-
-
 def commands(facts: Facts) -> Iterator[Any]:
     for component, lines in facts["commands"].items():
         yield Text(
@@ -351,7 +355,7 @@ def commands(facts: Facts) -> Iterator[Any]:
 
 
 def selftest(facts: Facts) -> Iterator[Any]:
-    table = _table("backend", "version", "", "denoiser call", "")
+    table = grid("backend", "version", "", "denoiser call", "")
     styles = {"passed": "green", "built": "yellow", "absent": "dim", "failed": "bold red"}
     for name, row in facts["backends"].items():
         timings = row.get("timings")

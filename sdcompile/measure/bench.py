@@ -97,11 +97,14 @@ def bench(
     peers: Sequence[str] = (),
     *,
     model: Mapping[str, Path] = MappingProxyType({}),
+    targets: Sequence[str] = (),
     ask: Ask | None = None,
     settings: Settings | None = None,
     say: Say = say_nothing,
 ) -> dict[str, Any]:
     """Measure `bundles`, and `peers` on the same `model` (see `sources.folders`), as the first bundle is asked.
+
+    targets: of bundles of several, those to measure; () = the one that runs here.
 
     Returns plain JSON data: host, settings, and per contender its figures, memory, energy, ratio to
     the first one and agreement of the pictures. Raises RecipeError for what cannot be compared,
@@ -110,7 +113,7 @@ def bench(
     settings = settings or Settings()
     meter = energy.meter()
     with tempfile.TemporaryDirectory(prefix="sdcompile-bench-") as scratch:
-        contenders = of_bundles(bundles, ask or Ask(), settings.threads, settings.memory, settings.step_caches)
+        contenders = of_bundles(bundles, ask or Ask(), settings.threads, settings.memory, settings.step_caches, targets)
         contenders += [of_peer(name, contenders[0], model, Path(scratch)) for name in peers]
         prompts = [settings.prompt] if settings.prompt else _prompts(bundles[0], settings)
         records = {contender.name: _Record() for contender in contenders}

@@ -16,7 +16,8 @@ from sdcompile import bundle, machine
 from sdcompile.errors import HostError, RecipeError
 from sdcompile.families import FAMILIES
 from sdcompile.measure.peers import PEERS
-from sdcompile.runtime import values
+from sdcompile.runtime import choosing, values
+from sdcompile.spec import at_target
 
 _PEERS_FOLDER = "SDCOMPILE_PEERS"
 
@@ -61,22 +62,30 @@ class Contender:
 
 
 def of_bundles(
-    paths: Sequence[Path], ask: Ask, threads: int, memory: str, step_caches: Sequence[str] = ()
+    paths: Sequence[Path],
+    ask: Ask,
+    threads: int,
+    memory: str,
+    step_caches: Sequence[str] = (),
+    targets: Sequence[str] = (),
 ) -> list[Contender]:
     """The bundles at `paths`, each once for every one of `step_caches`, or as it is by default.
 
-    Raises RecipeError when one is named twice or lacks the asked sampler or the engine that step caching needs.
+    A bundle of several targets is measured as every one of `targets`, or as the one that runs here. Raises
+    RecipeError when one is named twice or lacks the asked sampler, target, or engine that step caching needs;
+    HostError when no target runs here.
     """
     found = []
     for path, name in zip(paths, _names(paths), strict=True):
-        plain = _of_bundle(path, name, ask, threads, memory)
-        found += [_with_step_cache(plain, value) for value in step_caches] or [plain]
+        for one in ways(path, targets, alone=len(paths) == 1):
+            plain = _of_bundle(path, at_target(name, one.target), one, ask, threads, memory)
+            found += [_with_step_cache(plain, one, value) for value in step_caches] or [plain]
     return found
 
 
-def _with_step_cache(plain: Contender, value: str) -> Contender:
+def _with_step_cache(plain: Contender, manifest: bundle.Manifest, value: str) -> Contender:
     """`plain`, asked for this step_cache."""
-    require_step_cache(bundle.read(Path(plain.job["bundle"])), value)
+    require_step_cache(manifest, value)
     call = {**plain.job["call"], "step_cache": value}
     return replace(plain, name=f"{plain.name}, step cache {value}", job={**plain.job, "call": call})
 
@@ -91,6 +100,20 @@ def require_step_cache(manifest: bundle.Manifest, value: str) -> None:
         )
 
 
+def ways(path: Path, targets: Sequence[str], *, alone: bool) -> list[bundle.Manifest]:
+    """The manifests of the targets to measure of the bundle at `path`: `targets`, or the one that runs here.
+
+    A bundle of one target that is measured beside others (not `alone`) is measured whatever `targets` says.
+    Raises RecipeError for a target it does not have, HostError when none runs here.
+    """
+    manifest = bundle.read(path)
+    if not manifest.targets:
+        return [choosing.named(path, manifest, targets[0])] if targets and alone else [manifest]
+    if not targets:
+        return [choosing.choose(path, manifest, None, FAMILIES[manifest.family].required)[0]]
+    return [choosing.named(path, manifest, target) for target in dict.fromkeys(targets)]
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
     """Folder names without .sdc; whole paths where two would be the same."""
     stems = [path.resolve().name.removesuffix(bundle.SUFFIX) for path in paths]
@@ -101,8 +124,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _of_bundle(path: Path, name: str, ask: Ask, threads: int, memory: str) -> Contender:
-    manifest = bundle.read(path)
+def _of_bundle(path: Path, name: str, manifest: bundle.Manifest, ask: Ask, threads: int, memory: str) -> Contender:
+    folders = tuple(f"{manifest.folder_of(component)}/" for component in manifest.components)
     defaults = manifest.defaults
     asked = {key: getattr(ask, key) for key in ("num_inference_steps", "guidance_scale", "height", "width")}
     call = {key: getattr(defaults, key) if value is None else value for key, value in asked.items()}
@@ -113,11 +136,12 @@ def _of_bundle(path: Path, name: str, ask: Ask, threads: int, memory: str) -> Co
         name,
         "bundle",
         {
-            "kind": "bundle", "bundle": str(path), "threads": threads, "memory": memory, "sampler": sampler,
+            "kind": "bundle", "bundle": str(path), "target": manifest.target or None, "threads": threads,
+            "memory": memory, "sampler": sampler,
             "call": {**call, "negative_prompt": defaults.negative_prompt},
         },
         (manifest.facts["latent_channels"], manifest.facts["vae_scale_factor"]),
-        bytes=sum(entry.bytes for entry in manifest.files.values()),
+        bytes=sum(entry.bytes for file, entry in manifest.files.items() if file.startswith(folders)),
         components={
             name: {"backend": entry.backend, "precision": entry.precision, "computed_in": entry.facts.get("precision")}
             for name, entry in manifest.components.items()

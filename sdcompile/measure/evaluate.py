@@ -17,6 +17,7 @@ import numpy as np
 from sdcompile import __version__, bundle, metrics
 from sdcompile.console import SayObserver
 from sdcompile.errors import RecipeError, VerifyError
+from sdcompile.measure import contenders
 from sdcompile.measure.bench import host
 from sdcompile.measure.contenders import Ask, require_step_cache
 from sdcompile.measure.drawing import Request, draw, read_pictures, write_pictures
@@ -25,7 +26,7 @@ from sdcompile.measure.reference import reference_of
 from sdcompile.measure.similarity import distances
 from sdcompile.measure.writing import write_json
 from sdcompile.runtime import load
-from sdcompile.spec import Say, say_nothing
+from sdcompile.spec import Say, at_target, say_nothing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,6 +45,7 @@ PARTS = ("background", "count", "colour", "shape", "size", "relation")
 class Asked:
     """What to judge by.
 
+    targets       of bundles of several, those to judge; () = the one that runs here
     prompts_file  prompts, one a line, instead of `prompts` ones of the model's own world
     reference     compare with what torch draws in fp32
     features      a vision model's folder or hub id; real: a folder of pictures for FID and KID
@@ -58,6 +60,7 @@ class Asked:
     features: str | None = None
     real: Path | None = None
     step_cache: str | None = None
+    targets: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -87,26 +90,30 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     for folder, source in zip(bundles, sources, strict=True):
         manifest = bundle.read(folder)
+        ways = contenders.ways(folder, asked.targets, alone=len(bundles) == 1)
         if asked.step_cache is not None:
-            require_step_cache(manifest, asked.step_cache)
+            for one in ways:
+                require_step_cache(one, asked.step_cache)
         prompts = prompts_from(asked.prompts_file) or prompts_for(manifest, asked.prompts, asked.seed)
         request = Request.of(manifest.defaults, asked.ask, asked.seed)
         reference = None
         if asked.reference:
             made = reference_of(folder, manifest, source, store, SayObserver(say), offline=offline)
             reference = made.pictures(prompts, request, named(say, "reference"))
-        with load(folder) as pipeline:
-            pictures = draw(pipeline, prompts, request, named(say, manifest.name), asked.step_cache)
-        row = judge(folder, pictures, prompts, request, reference, features, real)
         step_cache = manifest.defaults.options.get("step_cache") if asked.step_cache is None else asked.step_cache
-        if step_cache is not None:
-            row["step_cache"] = step_cache
-        if output is not None:
-            # Two bundles of one name (an old and a new build, say) keep their pictures apart.
-            taken = sum(other["name"] == manifest.name for other in rows)
-            row["folder"] = f"{manifest.name}-{taken + 1}" if taken else manifest.name
-            write_pictures(output / row["folder"], pictures, reference)
-        rows.append(row)
+        for one in ways:
+            name = at_target(one.name, one.target)
+            with load(folder, target=one.target or None) as pipeline:
+                pictures = draw(pipeline, prompts, request, named(say, name), asked.step_cache)
+            row = {**judge(folder, pictures, prompts, request, reference, features, real), "name": name}
+            if step_cache is not None:
+                row["step_cache"] = step_cache
+            if output is not None:
+                # Two bundles of one name (an old and a new build, say) keep their pictures apart.
+                taken, place = sum(other["name"] == name for other in rows), bundle.folder_of_target(name)
+                row["folder"] = f"{place}-{taken + 1}" if taken else place
+                write_pictures(output / row["folder"], pictures, reference)
+            rows.append(row)
     found = result(rows)
     if output is not None:
         write_json(output / "eval.json", found)

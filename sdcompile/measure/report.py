@@ -7,7 +7,7 @@ measures one thing itself: where the time of a single image goes, when this mach
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sdcompile.measure.tables import Table, number
 
 Data = Mapping[str, Any]
 
+VERIFY = "verify.json"
 _ROWS = 8
 _GROUPS = 20
 
@@ -35,12 +36,11 @@ def of_bundle(folder: Path, bench: Data | None, evaluation: Path | None, timings
         raise RecipeError(
             f"the bench result holds no {manifest.name} as it is now", f"sdcompile bench {folder} --output FILE"
         )
-    verification = _json(folder / "reports" / "verify.json")
     judged = None if evaluation is None else _json(evaluation / "eval.json")
     body = [
         *_head(manifest, digest),
-        html.section("Verification", *_verification(verification)),
-        html.section("What passes did", *_compression(folder, manifest)),
+        html.section("Verification", *_each(manifest, lambda one: _verification(_json(folder / one.reports / VERIFY)))),
+        html.section("What passes did", *_each(manifest, lambda one: _compression(folder, one))),
         html.section("One image", *_waterfall(timings)),
         html.section("Speed", *_tables(tables.bench(bench) if bench else ())),
         html.section("Quality", *_quality(judged, evaluation, manifest.name, digest)),
@@ -49,18 +49,27 @@ def of_bundle(folder: Path, bench: Data | None, evaluation: Path | None, timings
     return html.page(manifest.name, body)
 
 
-def timed(folder: Path) -> Mapping[str, Any]:
-    """Timings of one image of the bundle in `folder`, after a first one that warms up.
+def _each(manifest: bundle.Manifest, part: Callable[[bundle.Manifest], Iterable[str]]) -> Iterator[str]:
+    """`part` of every target, each under its name where there are several."""
+    for target, one in manifest.by_target().items():
+        inside = list(part(one))
+        if target and inside:
+            yield f"<h3>{html.escape(target)}</h3>"
+        yield from inside
+
+
+def timed(folder: Path, target: str | None = None) -> Mapping[str, Any]:
+    """Timings of one image of the bundle in `folder`, after a first one that warms up, and `target`, whose they are.
 
     Raises HostError when this machine cannot run it.
     """
     from sdcompile.runtime import load
 
-    with load(folder, memory="high") as pipeline:
+    with load(folder, memory="high", target=target) as pipeline:
         # Another prompt each time: one that was met before does not reach the text encoder.
         for prompt in ("a red circle on a white background", "a blue square on a yellow background"):
             timings = pipeline(prompt, seed=0).timings
-    return timings
+        return {**timings, "target": pipeline.target}
 
 
 def of_experiment(folder: Path) -> str:
@@ -138,8 +147,10 @@ def _head(manifest: bundle.Manifest, digest: str) -> Iterator[str]:
     passed = manifest.verification.get("passed")
     word = {True: "verified", False: "FAILED verification", None: "not verified"}[passed]
     yield f"<header><h1>{html.escape(manifest.name)}</h1>"
-    engines = ", ".join(f"{name} on {e.backend} in {e.precision}" for name, e in manifest.components.items())
-    yield html.paragraph(f"{manifest.source.get('id')} compiled: {engines}.", "lead")
+    for target, one in manifest.by_target().items():
+        engines = ", ".join(f"{name} on {e.backend} in {e.precision}" for name, e in one.components.items())
+        what = f"for target {target}" if target else "compiled"
+        yield html.paragraph(f"{manifest.source.get('id')} {what}: {engines}.", "lead")
     yield html.paragraph(f"{word} against torch in fp32", "passed" if passed else "failed")
     yield (
         html.paragraph(f"bundle {digest[:16]}…, built {manifest.built_at} by sdcompile {manifest.sdcompile}")
@@ -197,7 +208,7 @@ def _compression(folder: Path, manifest: bundle.Manifest) -> Iterator[str]:
     if rows:
         columns = ("component", "pass", "parameters", "bytes", "SNR dB by timestep region")
         yield html.table(Table("", columns, rows))
-    for path in sorted((folder / "reports").glob("*-sensitivity.json")):
+    for path in sorted((folder / manifest.reports).glob("*-sensitivity.json")):
         told = _json(path)
         worst = sorted((min(group["snr_db"].values()), group["name"]) for group in told["groups"])[:_GROUPS]
         kept = set(told["left_out"])
@@ -221,7 +232,8 @@ def _waterfall(timings: Data | None) -> Iterator[str]:
         now += seconds
     yield html.figure(
         charts.waterfall(spans, x="milliseconds"),
-        f"One image after a first one: {now * 1e3:.0f} ms in {len(timings['denoise_s'])} denoiser calls.",
+        f"One image after a first one: {now * 1e3:.0f} ms in {len(timings['denoise_s'])} denoiser calls"
+        + (f", by target {timings['target']}." if timings.get("target") else "."),
     )
 
 
@@ -291,7 +303,7 @@ def _layers_sheet(folder: Path, result: Data) -> Iterator[str]:
 
 def _layers_verified(folder: Path, result: Data) -> Iterator[str]:
     for layer in result["layers"]:
-        verify = _json(folder / "bundles" / layer["bundle"] / "reports" / "verify.json")
+        verify = _json(folder / "bundles" / layer["bundle"] / "reports" / VERIFY)
         yield html.folded(layer["name"], "".join(_verification(verify)))
 
 

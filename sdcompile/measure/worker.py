@@ -30,7 +30,7 @@ Draw = Callable[[str, np.ndarray, Callable[..., Any]], Made]
 def _bundle(job: Job) -> tuple[Draw, str]:
     import sdcompile
 
-    pipe = sdcompile.load(job["bundle"], threads=job["threads"], memory=job["memory"])
+    pipe = sdcompile.load(job["bundle"], threads=job["threads"], memory=job["memory"], target=job["target"])
 
     def draw(prompt: str, latents: np.ndarray, callback: Callable[..., Any]) -> Made:
         output = pipe(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdcompile.backends import BACKENDS
 from sdcompile.families import Family
@@ -18,14 +18,39 @@ if TYPE_CHECKING:
     from sdcompile.steps.layout import Source
 
 
+class Road(NamedTuple):
+    """Steps of one component, by name.
+
+    forms   the last step of each form: {"checkpoint": ...}, and {"onnx": ...} where the engine is made of one
+    passes  the passes, in order
+    plain   the exported ONNX that no pass has touched
+    race    the one against the rival, where int8 must win
+    """
+
+    forms: dict[str, str]
+    passes: tuple[str, ...]
+    engine: str
+    plain: str | None = None
+    race: str | None = None
+
+
+_SHARED_STAGES = frozenset({"fetch", "prune", "export", "calibrate"})
+_SHARED_KINDS = frozenset({"samples", "tokenizer", "tables"})
+
+
 @dataclass
 class Draft:
-    """Steps being laid out; turns names of inputs into keys as it goes."""
+    """Steps being laid out; turns names of inputs into keys as it goes.
+
+    Where a recipe has several targets, `target` is the one being laid out. A step that is already there, with
+    the same key, is not laid out again, whoever asked for it first.
+    """
 
     family: Family
     source: Source
     machine: Machine
     steps: dict[str, Step] = field(default_factory=dict)
+    target: str = ""
 
     def folder(self, component: str) -> str:
         """The source's folder that `component` is made of, which is also its checkpoint's name."""
@@ -61,8 +86,13 @@ class Draft:
             "versions": {name: self.machine.versions.get(name) for name in packages},
             "machine": self._identity(op) if host else None,
         }
+        key = key_of(parts)
+        if (known := next((name for name, step in self.steps.items() if step.key == key), None)) is not None:
+            return known
         job = Job(component, params, precision, spec, bound)
-        step = Step(component, stage, op, gives, dict(inputs), job, parts, key_of(parts), cannot, memory, disk, variant)
+        step = Step(component, stage, op, gives, dict(inputs), job, parts, key, cannot, memory, disk, variant)
+        if step.name in self.steps or not (stage in _SHARED_STAGES or gives in _SHARED_KINDS):
+            step = replace(step, target=self.target)
         self.steps[step.name] = step
         return step.name
 

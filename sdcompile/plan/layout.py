@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sdcompile.errors import RecipeError
-from sdcompile.families import FAMILIES
+from sdcompile.families import FAMILIES, Family
 from sdcompile.plan import memory, stepcaching
 from sdcompile.plan.choice import Choice, choose
-from sdcompile.plan.draft import Draft
-from sdcompile.plan.packaging import package
+from sdcompile.plan.draft import Draft, Road
+from sdcompile.plan.packaging import Way, package
 from sdcompile.plan.sampling import fitting, samplers
 from sdcompile.plan.steps import SOURCE, Machine, Plan
 from sdcompile.plan.verification import calibration, verification
@@ -44,7 +44,7 @@ def resolve(
     notes = list(source.notes)
     shapes = _collect(faults, lambda: family.shapes(recipe.shape_request, source.configs)) or {}
     names = recipe.wanted(family.required)
-    chosen = {name: choose(recipe, family, source.configs, name, faults) for name in names if name in specs}
+    chosen = _chosen(recipe, family, source, tuple(name for name in names if name in specs), faults)
     faults += _faults_of_defaults(recipe, shapes)
     for name in source.parts:
         faults += [f"components.{name}.source: {fault}" for fault in family.replaceable[name](source.configs)]
@@ -72,38 +72,71 @@ def resolve(
         disk=4 << 20,
     )  # fmt: skip
 
-    tables = fitting(draft, recipe, chosen, shapes, {**checkpoints, "assets": assets, "tokenizer": tokenizer}, tables)
+    # What is made of the torch modules alone is the same for every target.
+    some = next(iter(chosen.values()))
+    tables = fitting(draft, recipe, some, shapes, {**checkpoints, "assets": assets, "tokenizer": tokenizer}, tables)
     shared = {"tokenizer": tokenizer, "tables": tables}
     reference = {**checkpoints, **shared}
-    samples = calibration(draft, recipe, chosen, shapes, reference, faults)
+    calibrated = [name for name in some if any(choices[name].calibrates for choices in chosen.values())]
+    samples = calibration(draft, recipe, some, calibrated, shapes, reference, faults)
     _refuse(recipe, faults)
 
-    roads: dict[str, _Road] = {}
-    for name, choice in chosen.items():
-        folder = draft.folder(name)
-        made_of = checkpoints[folder] if name != family.shallow else roads[family.denoiser].forms["checkpoint"]
-        roads[name] = _component(
-            draft, name, choice, modules.get(name), specs[name], shapes, facts, made_of, samples, recipe.opset,
-            source.fp32_bytes(folder),
-        )  # fmt: skip
-        notes += [f"{choice.backend.name}: {note}" for note in machine.probes[choice.backend.name].notes]
-    engines = {name: road.engine for name, road in roads.items()}
-    reports = verification(
-        draft, recipe, chosen, specs, shapes, {name: road.forms for name, road in roads.items()}, engines, reference
-    )
-    effects = {name: road.passes for name, road in roads.items()}
-    races = {name: road.race for name, road in roads.items() if road.race}
-    package(draft, recipe, chosen, facts, shapes, engines, reports, effects, races, shared, fallbacks)
+    ways: dict[str, Way] = {}
+    for target, one in recipe.by_target().items():
+        draft.target, choices = target, chosen[target]
+        roads: dict[str, Road] = {}
+        for name, choice in choices.items():
+            folder = draft.folder(name)
+            made_of = checkpoints[folder] if name != family.shallow else roads[family.denoiser].forms["checkpoint"]
+            roads[name] = _component(
+                draft, name, choice, modules.get(name), specs[name], shapes, facts, made_of, samples, recipe.opset,
+                source.fp32_bytes(folder),
+            )  # fmt: skip
+        reports = verification(draft, one, choices, specs, shapes, roads, reference)
+        ways[target] = Way(choices, roads, reports)
+        used = dict.fromkeys(choice.backend.name for choice in choices.values())
+        notes += [f"{name}: {note}" for name in used for note in machine.probes[name].notes]
+    _refuse(recipe, _twins(ways))
+    draft.target = ""
+    package(draft, recipe, ways, facts, shapes, shared, fallbacks)
     return Plan(recipe, tuple(draft.steps.values()), tuple(dict.fromkeys(notes)))
 
 
-class _Road(NamedTuple):
-    """Steps of one component: the last of each form ("checkpoint", "onnx"), passes in order, engine, race."""
+def _chosen(
+    recipe: Recipe, family: Family, source: Source, names: tuple[str, ...], faults: list[str]
+) -> dict[str, dict[str, Choice]]:
+    """Target ("" where there is one for all) -> component -> what it is built with; adds to `faults` what cannot be."""
+    chosen: dict[str, dict[str, Choice]] = {}
+    for target, one in recipe.by_target().items():
+        found: list[str] = []
+        chosen[target] = {name: choose(one, family, source.configs, name, found) for name in names}
+        found += [
+            f"components.{name}: every target builds the same components; list it in the recipe's: components: "
+            f"{{{name}: {{}}}}"
+            for name in one.components
+            if name not in names and name not in recipe.components
+        ]
+        for line in found:
+            field, _, text = line.partition(": ")
+            at = recipe.field_of(target, field)
+            own = "; or give it one of its own: {backend: ..., precision: ...}" if at == "precision" else ""
+            told = (
+                f"{at}: target {target}: {text}{own}" if target and not at.startswith("targets.") else f"{at}: {text}"
+            )
+            # What is wrong with the source is wrong for every target.
+            faults += [told] if told not in faults and line not in faults else []
+    return chosen
 
-    forms: dict[str, str]
-    passes: tuple[str, ...]
-    engine: str
-    race: str | None = None
+
+def _twins(ways: Mapping[str, Way]) -> list[str]:
+    """Targets that are made of the very engines of an earlier one."""
+    names = list(ways)
+    engines = [[road.engine for road in way.roads.values()] for way in ways.values()]
+    return [
+        f"targets.{place}: {names[place]} builds the same engines as {names[engines.index(made)]}; leave one out"
+        for place, made in enumerate(engines)
+        if engines.index(made) < place
+    ]
 
 
 def _component(
@@ -118,7 +151,7 @@ def _component(
     samples: str | None,
     opset: int,
     size: int,
-) -> _Road:
+) -> Road:
     """The road of one component from checkpoint to engine, and past a rival where int8 must win.
 
     `module` is the spec of what the checkpoint means, `spec` that of the engine.
@@ -156,7 +189,7 @@ def _component(
 
     passes = walk(forms, "checkpoint", choice)
     if choice.backend.takes != "onnx":
-        return _Road(forms, passes, engine(forms, choice))
+        return Road(forms, passes, engine(forms, choice))
     export = {
         "family": family, **choice.module_params, "opset": opset,
         "attention": choice.backend.export.get("attention", "sdpa"), "multiples": facts["multiples"],
@@ -167,10 +200,11 @@ def _component(
         memory=memory.needed(memory.EXPORT, size), disk=size,
     )  # fmt: skip
     plain = dict(forms)
+    exported = plain["onnx"]
     passes += walk(forms, "onnx", choice)
     made = engine(forms, choice)
     if choice.speedup is None:
-        return _Road(forms, passes, made)
+        return Road(forms, passes, made, exported)
     rival = choice.unquantized
     walk(plain, "onnx", rival, rival.precision)
     race = draft.add(
@@ -178,7 +212,7 @@ def _component(
         {"backend": choice.backend.name, "speedup": choice.speedup}, precision=choice.precision,
         memory=2 * memory.needed(choice.backend.memory, size),
     )  # fmt: skip
-    return _Road(forms, passes, made, race)
+    return Road(forms, passes, made, exported, race)
 
 
 def _faults_of_defaults(recipe: Recipe, shapes: Shapes) -> list[str]:

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdcompile.plan import stepcaching
 from sdcompile.plan.choice import Choice
-from sdcompile.plan.draft import Draft
+from sdcompile.plan.draft import Draft, Road
 from sdcompile.plan.sampling import profiles
 from sdcompile.plan.verification import default_size
 from sdcompile.recipe import Recipe, dump
-from sdcompile.spec import PIPELINE, Shapes
+from sdcompile.spec import PIPELINE, Shapes, at_target
 
 if TYPE_CHECKING:
     from sdcompile.steps.layout import Source
 
 
+class Way(NamedTuple):
+    """One target of a recipe laid out: component -> choice, road and report step."""
+
+    chosen: Mapping[str, Choice]
+    roads: Mapping[str, Road]
+    reports: Mapping[str, str]
+
+
 def package(
     draft: Draft,
     recipe: Recipe,
-    chosen: Mapping[str, Choice],
+    ways: Mapping[str, Way],
     facts: Mapping[str, Any],
     shapes: Shapes,
-    engines: Mapping[str, str],
-    reports: Mapping[str, str],
-    effects: Mapping[str, tuple[str, ...]],
-    races: Mapping[str, str],
     shared: Mapping[str, str],
     fallbacks: Mapping[str, str],
 ) -> None:
-    """The bundle. effects: component -> the pass steps on its road; shared: tokenizer and tables."""
+    """The bundle. ways: target ("" where there is one for all) -> how it is made; shared: tokenizer and tables."""
     source = draft.source
+    components = {target: _components(draft, way) for target, way in ways.items()}
     params = {
         # What the source is, not where it lies: a path would tie the bundle to a machine.
         "recipe": _recipe(recipe, source),
@@ -42,12 +47,7 @@ def package(
         },
         "facts": facts,
         "fallbacks": dict(fallbacks),
-        "components": {
-            name: {"backend": choice.backend.name, "precision": choice.precision, "params": choice.params,
-                   "spec": draft.steps[engines[name]].parts["spec"],
-                   "passes": [draft.steps[step].op for step in effects[name]]}
-            for name, choice in chosen.items()
-        },
+        **({"components": components[""]} if "" in components else {"targets": components}),
         "defaults": {
             "sampler": recipe.default_sampler,
             "num_inference_steps": recipe.defaults.num_inference_steps,
@@ -58,11 +58,25 @@ def package(
         },
         "profiles": profiles(recipe),
     }  # fmt: skip
-    inputs = {f"engine.{name}": engines[name] for name in chosen}
-    inputs |= {f"pass.{name}.{draft.steps[step].op}": step for name, steps in effects.items() for step in steps}
-    inputs |= {f"race.{name}": step for name, step in races.items()}
-    inputs |= {f"report.{name}": step for name, step in reports.items()}
+    inputs: dict[str, str] = {}
+    for target, way in ways.items():
+        for name, road in way.roads.items():
+            label = at_target(name, target)
+            inputs[f"engine.{label}"] = road.engine
+            inputs |= {f"pass.{label}.{draft.steps[step].op}": step for step in road.passes}
+            inputs |= {f"race.{label}": road.race} if road.race else {}
+        inputs |= {f"report.{at_target(name, target)}": step for name, step in way.reports.items()}
     draft.add(PIPELINE, "bundle", {**inputs, **shared}, params, shapes=shapes, disk=4 << 20)
+
+
+def _components(draft: Draft, way: Way) -> dict[str, dict[str, Any]]:
+    """What the manifest is told of each component, but for what its report says."""
+    return {
+        name: {"backend": choice.backend.name, "precision": choice.precision, "params": choice.params,
+               "spec": draft.steps[way.roads[name].engine].parts["spec"],
+               "passes": [draft.steps[step].op for step in way.roads[name].passes]}
+        for name, choice in way.chosen.items()
+    }  # fmt: skip
 
 
 def _recipe(recipe: Recipe, source: Source) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdcompile.backends import Probe
 from sdcompile.recipe import Recipe
-from sdcompile.spec import STAGES, Job, Kind, Stage
+from sdcompile.spec import STAGES, Job, Kind, Stage, at_target
 
 SOURCE = "source"
 """The role of the source itself among a step's inputs."""
@@ -31,6 +31,7 @@ class Step:
     parts    everything that decides the bytes, readable; `key` is its sha256
     cannot   why this machine cannot run the step ("" = it can)
     variant  tells a second step of the same op on one component from the first: what it makes otherwise
+    target   whose alone the step is, where a recipe has several targets ("" = it serves all)
     """
 
     component: str
@@ -45,10 +46,17 @@ class Step:
     memory_bytes: int = 0
     disk_bytes: int = 0
     variant: str = ""
+    target: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.component}.{self.stage}.{self.op}{'-' if self.variant else ''}{self.variant}"
+        variant = f"-{self.variant}" if self.variant else ""
+        return at_target(f"{self.component}.{self.stage}.{self.op}{variant}", self.target)
+
+    @property
+    def of(self) -> str:
+        """The component, and the target whose alone the step is: unet, unet@openvino."""
+        return at_target(self.component, self.target)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdcompile import metrics
@@ -10,7 +10,7 @@ from sdcompile.backends import STAND_IN
 from sdcompile.models import general_prompts
 from sdcompile.plan import memory, stepcaching
 from sdcompile.plan.choice import Choice
-from sdcompile.plan.draft import Draft
+from sdcompile.plan.draft import Draft, Road
 from sdcompile.recipe import Recipe
 from sdcompile.spec import PIPELINE, ComponentSpec, Shapes
 
@@ -29,15 +29,15 @@ def calibration(
     draft: Draft,
     recipe: Recipe,
     chosen: Mapping[str, Choice],
+    wanted: Sequence[str],
     shapes: Shapes,
     inputs: Mapping[str, str],
     faults: list[str],
 ) -> str | None:
-    """The step that records samples for passes that want some; None when none does.
+    """The step that records samples of the components `wanted` by passes; None when no pass wants any.
 
     Adds to `faults` what would let verification see what passes were fitted to.
     """
-    wanted = [name for name, choice in chosen.items() if choice.calibrates]
     if not wanted:
         return None
     own = recipe.calibrate
@@ -58,7 +58,7 @@ def calibration(
     shallow = draft.family.shallow
     params = {
         **_reference(draft, recipe, chosen, shapes, step_cache=shallow in wanted),
-        "record": wanted,
+        "record": list(wanted),
         "prompts": list(prompts[: own.images]),
         **own.model_dump(include={"seed", "images", "num_inference_steps", "max_samples"}),
     }
@@ -78,13 +78,12 @@ def verification(
     chosen: Mapping[str, Choice],
     specs: Mapping[str, ComponentSpec],
     shapes: Shapes,
-    forms: Mapping[str, Mapping[str, str]],
-    engines: Mapping[str, str],
+    roads: Mapping[str, Road],
     inputs: Mapping[str, str],
 ) -> dict[str, str]:
     """Reference recordings, one report per engine, one for whole images; returns component -> report step.
 
-    forms: component -> {"checkpoint", "onnx"}: what its engine was made of. inputs: those of the recording.
+    roads: how each component's engine was made. inputs: those of the recording.
     """
     if not all(choice.backend.verifiable for choice in chosen.values()):
         return {}
@@ -102,21 +101,23 @@ def verification(
     reports = {
         name: draft.add(
             name, "engine",
-            {"engine": engines[name], "samples": record, **forms[name], **_exported(draft, name, choice)},
+            {"engine": road.engine, "samples": record, **road.forms, **_exported(draft, choice, road)},
             {
                 **choice.params, "backend": choice.backend.name, "floor": _floor(recipe, name, choice),
                 "own_floor": _own_floor(recipe, name, choice), **_how(draft, choice),
             },
             spec=specs[name], shapes=shapes, precision=choice.precision,
-            memory=draft.steps[engines[name]].memory_bytes,
+            memory=draft.steps[road.engine].memory_bytes,
         )
         for name, choice in chosen.items()
+        for road in (roads[name],)
     }  # fmt: skip
     reports[PIPELINE] = draft.add(
         PIPELINE, "images",
         {
-            **engines, **{role: inputs[role] for role in ("tokenizer", "tables")}, "samples": record,
-            **{f"onnx.{name}": forms[name]["onnx"] for name, choice in chosen.items() if _cannot_run(draft, choice)},
+            **{name: road.engine for name, road in roads.items()},
+            **{role: inputs[role] for role in ("tokenizer", "tables")}, "samples": record,
+            **{f"onnx.{name}": roads[name].forms["onnx"] for name in chosen if _cannot_run(draft, chosen[name])},
         },
         {
             **recording, "backends": {name: choice.backend.name for name, choice in chosen.items()},
@@ -133,9 +134,9 @@ def _cannot_run(draft: Draft, choice: Choice) -> str:
     return draft.machine.probes[choice.backend.name].cannot_run
 
 
-def _exported(draft: Draft, name: str, choice: Choice) -> dict[str, str]:
+def _exported(draft: Draft, choice: Choice, road: Road) -> dict[str, str]:
     """The fp32 ONNX, by which the ranges of an engine that cannot run are judged."""
-    return {"exported": f"{name}.export.onnx"} if _cannot_run(draft, choice) else {}
+    return {"exported": road.plain} if _cannot_run(draft, choice) and road.plain else {}
 
 
 def _how(draft: Draft, choice: Choice) -> dict[str, Any]:

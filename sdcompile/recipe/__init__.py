@@ -15,6 +15,7 @@ from sdcompile.recipe.known import Known, known_names
 from sdcompile.recipe.model import ComponentRecipe, Effective, Recipe
 from sdcompile.recipe.reading import load
 from sdcompile.recipe.sections import DefaultsRecipe, FloorRecipe, SamplerRecipe, ShapesRecipe, VerifyRecipe
+from sdcompile.recipe.targets import TargetComponentRecipe, TargetRecipe, TargetVerifyRecipe
 from sdcompile.recipe.writing import dump, schema, starter
 
 __all__ = [
@@ -30,6 +31,9 @@ __all__ = [
     "SamplerRecipe",
     "ShapesRecipe",
     "Source",
+    "TargetComponentRecipe",
+    "TargetRecipe",
+    "TargetVerifyRecipe",
     "VerifyRecipe",
     "dump",
     "known_names",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
 from sdcompile.recipe.compression import CalibrateRecipe, PruneParams, QuantizeRecipe, prompts_of, prune_value
 from sdcompile.recipe.fields import (
@@ -21,15 +21,16 @@ from sdcompile.recipe.fields import (
     Source,
     SourceText,
     Span,
-    String,
     Whole,
     did_you_mean,
     fault,
     parse_source,
 )
 from sdcompile.recipe.generation import Profiles
+from sdcompile.recipe.names import BackendName, FamilyName
 from sdcompile.recipe.sections import DefaultsRecipe, SamplerRecipe, ShapesRecipe, VerifyRecipe, empty_for_null
 from sdcompile.recipe.stepcache import StepCacheRecipe, base_of, cached
+from sdcompile.recipe.targets import TargetComponentRecipe, TargetRecipe, target_faults
 from sdcompile.runtime.offer import Offer
 from sdcompile.runtime.options import Options
 from sdcompile.spec import Precision
@@ -51,24 +52,6 @@ class Effective(NamedTuple):
     precision: Precision
     params: dict[str, Any]
     build: dict[str, Any]
-
-
-def _named(what: str, names: Iterable[str], value: str) -> str:
-    if value not in (known := tuple(names)):
-        raise fault(f"unknown {what} '{value}'{did_you_mean(value, known)}")
-    return value
-
-
-def _family(value: str, info: ValidationInfo) -> str:
-    return _named("family", info.context.families, value) if info.context and info.context.families else value
-
-
-def _backend(value: str, info: ValidationInfo) -> str:
-    return _named("backend", info.context.backends, value) if info.context and info.context.backends else value
-
-
-FamilyName = Annotated[String, AfterValidator(_family)]
-BackendName = Annotated[String, AfterValidator(_backend)]
 
 
 class ComponentRecipe(Part):
@@ -114,6 +97,13 @@ class ComponentRecipe(Part):
             }
         )
 
+    def in_target(self, own: TargetComponentRecipe) -> ComponentRecipe:
+        """These settings with those a target has of its own laid over them."""
+        given = {name: value for name in own.model_fields_set if (value := getattr(own, name)) is not None}
+        if own.quantize and self.quantize:
+            given["quantize"] = own.quantize.over(self.quantize)
+        return self.model_copy(update=given)
+
 
 Components = Annotated[dict[str, ComponentRecipe], BeforeValidator(empty_for_null)]
 
@@ -140,7 +130,15 @@ class Recipe(Part):
         default=None,
         description="For a single .safetensors file: the folder or hf://org/name that holds configs and tokenizer.",
     )
-    backend: BackendName = Field(description="Backend of every component that names none itself.")
+    backend: BackendName | None = Field(
+        default=None, description="Backend of every component that names none itself. Either this or `targets`."
+    )
+    targets: tuple[TargetRecipe, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Engines for several places in one bundle, the preferred first: names of backends, with a compute "
+        "capability where one engine is not for all GPUs (tensorrt_rtx:sm89), or mappings.",
+    )
     precision: Precision = Field(default="fp32", description="Precision of every component that names none itself.")
     opset: Annotated[Whole, Field(ge=18, le=23)] = Field(default=20, description="ONNX opset to export, 18 to 23.")
     shapes: ShapesRecipe = Field(default_factory=_unset(ShapesRecipe), description="Sizes the engines are built for.")
@@ -174,7 +172,7 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Recipe:
         # With a context the caller is `reading`, which lists these faults itself, each at its line.
-        faults = list(cross_faults(self)) if info.context is None else []
+        faults = [*cross_faults(self), *_target_faults(self)] if info.context is None else []
         if faults:
             raise fault("; ".join(f"{'.'.join(map(str, f.place))}: {f.text}" for f in faults))
         return self
@@ -213,6 +211,7 @@ class Recipe(Part):
         that keep its backend: they mean nothing to another one."""
         own = self.settings(component)
         backend = own.backend or self.backend
+        assert backend is not None, "a recipe of several targets is looked at target by target (by_target)"
         inherited = self.build if backend == self.backend else {}
         params = {} if own.clip_skip is None else {"clip_skip": own.clip_skip}
         if own.step_cache is not None:
@@ -223,6 +222,49 @@ class Recipe(Part):
     def component_sources(self) -> dict[str, str]:
         """Component -> its own source, of those that name one."""
         return {name: own.source for name, own in self.components.items() if own.source is not None}
+
+    def by_target(self) -> dict[str, Recipe]:
+        """Target -> the recipe of that target alone, in the order written; {"": this one} where it has no targets."""
+        return {"": self} if self.targets is None else {target.name: self._of(target) for target in self.targets}
+
+    def _of(self, target: TargetRecipe) -> Recipe:
+        names = dict.fromkeys((*self.components, *target.components))
+        components = {
+            name: self.components.get(name, ComponentRecipe()).in_target(
+                target.components.get(name, TargetComponentRecipe())
+            )
+            for name in names
+        }
+        own = {
+            "backend": target.backend, "precision": target.precision or self.precision, "build": target.build,
+            "verify": target.verify.over(self.verify) if target.verify else self.verify,
+        }  # fmt: skip
+        return self.model_copy(update={**own, "components": components, "targets": None})
+
+    def field_of(self, target: str, field: str) -> str:
+        """Where a field of the recipe `by_target()[target]` is set in this one: targets.1.precision, or precision."""
+        if self.targets is None:
+            return field
+        place = [one.name for one in self.targets].index(target)
+        own = f"targets.{place}.{field}"
+        if own not in self._origins and field in self._origins:
+            return field
+        return own
+
+    def in_precision(self, component: str, precision: Precision, target: str = "") -> Recipe:
+        """This recipe with `component`, of one target or of the only one, built in `precision`."""
+        if self.targets is None:
+            own = self.components.get(component, ComponentRecipe()).model_copy(update={"precision": precision})
+            return self.model_copy(update={"components": {**self.components, component: own}})
+        rows = []
+        for row in self.targets:
+            if row.name == target:
+                mine = row.components.get(component, TargetComponentRecipe())
+                # A copy made with `update` counts the field as set, which `in_target` goes by.
+                mine = mine.model_copy(update={"precision": precision})
+                row = row.model_copy(update={"components": {**row.components, component: mine}})
+            rows.append(row)
+        return self.model_copy(update={"targets": tuple(rows)})
 
     def pruning(self, component: str) -> PruneParams:
         """Pass of the prune stage -> its parameters, for `component`."""
@@ -308,3 +350,9 @@ def _not_compiled(recipe: Recipe) -> Iterator[Fault]:
     for place, chosen in asked:
         for option, text in offer.faults(chosen):
             yield Fault((*place, option), text, (place, ("samplers",), ("sampler_steps",), ("defaults",)))
+
+
+def _target_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Faults of `backend` and `targets` together; `reading` finds them in the data as written."""
+    for place, text in target_faults(recipe.model_dump(exclude_unset=True)):
+        yield Fault(place, text, (place,))

@@ -13,6 +13,7 @@ from sdcompile.recipe.fields import did_you_mean
 from sdcompile.recipe.known import Known
 from sdcompile.recipe.sections import VerifyRecipe
 from sdcompile.recipe.stepcache import base_of
+from sdcompile.recipe.targets import CAPABILITIES, TargetVerifyRecipe, spelled_out, target_faults
 from sdcompile.recipe.words import words
 from sdcompile.recipe.yamltext import Place
 
@@ -28,6 +29,10 @@ def is_unknown_name(data: Mapping[str, Any], known: Known, place: Place) -> bool
     if names is None or len(place) < 2:
         return False
     fields = VerifyRecipe.model_fields if place[0] == "verify" else ()
+    if place[0] == "targets":
+        known_here = TargetVerifyRecipe.model_fields if place[2:3] == ("verify",) else ()
+        named = len(place) > 3 and place[2] in ("components", "verify")
+        return named and place[3] not in names and place[3] not in known_here
     return place[0] in ("components", "verify") and place[1] not in names and place[1] not in fields
 
 
@@ -37,17 +42,67 @@ def table_faults(data: Mapping[str, Any], known: Known) -> Faults:
     if names is not None:
         yield from _name_faults(names, components, _mapping(data.get("verify")))
     top = data.get("backend")
+    yield from target_faults(data)
     yield from _option_faults(("build",), _at(known.backends, top), data.get("build"))
+    targets = _targets(data)
+    for place, target in targets:
+        yield from _faults_of_target(place, target, known, names)
+    ways = [_laid_over(data, target) for _, target in targets] or [data]
     for name, own in components.items():
         if not isinstance(own, dict):
             continue
         here: Place = ("components", name)
         yield from _option_faults((*here, "build"), _at(known.backends, own.get("backend") or top), own.get("build"))
         yield from _prune_faults((*here, "prune"), known, _mapping(own.get("prune")))
-        inherited = {**_mapping(components.get(base_of(name) or name)), **own}
-        yield from _quantize_faults((*here, "quantize"), known, own.get("quantize"), [_chosen(data, inherited)], name)
-    everyone = [_chosen(data, _mapping(components.get(name))) for name in dict.fromkeys((*(names or ()), *components))]
+        yield from _quantize_faults((*here, "quantize"), known, own.get("quantize"), _chosen(ways, name), name)
+    for place, target in targets:
+        for name, own in _mapping(target.get("components")).items():
+            chosen = _chosen([_laid_over(data, target)], name)
+            here = (*place, "components", name, "quantize")
+            yield from _quantize_faults(here, known, _mapping(own).get("quantize"), chosen, name)
+    everyone = [row for name in dict.fromkeys((*(names or ()), *components)) for row in _chosen(ways, name)]
     yield from _quantize_faults(("quantize",), known, data.get("quantize"), everyone, "no component")
+
+
+def _targets(data: Mapping[str, Any]) -> list[tuple[Place, Mapping[str, Any]]]:
+    """Every target that can be read as one, spelled out, and its place."""
+    written = data.get("targets")
+    rows = enumerate(map(spelled_out, written if isinstance(written, list) else ()))
+    return [(("targets", index), row) for index, row in rows if isinstance(row, dict)]
+
+
+def _laid_over(data: Mapping[str, Any], target: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As much of the recipe of one target alone as tells backends and precisions."""
+    components, own = _mapping(data.get("components")), _mapping(target.get("components"))
+    merged = {name: {**_set(components.get(name)), **_set(own.get(name))} for name in (*components, *own)}
+    return {
+        "backend": target.get("backend"), "precision": target.get("precision") or data.get("precision"),
+        "components": merged,
+    }  # fmt: skip
+
+
+def _set(value: Any) -> dict[str, Any]:
+    return {key: item for key, item in _mapping(value).items() if item is not None}
+
+
+def _faults_of_target(place: Place, target: Mapping[str, Any], known: Known, names: Mapping[str, Any] | None) -> Faults:
+    backend, build = target.get("backend"), target.get("build")
+    options = _at(known.backends, backend)
+    if options is not None and CAPABILITIES in _mapping(build) and CAPABILITIES not in options.model_fields:
+        build = {key: value for key, value in _mapping(build).items() if key != CAPABILITIES}
+        takers = [name for name, model in known.backends.items() if model and CAPABILITIES in model.model_fields]
+        yield place, f"{backend} takes no compute capability; {', '.join(takers) or 'no backend'} does"
+    yield from _option_faults((*place, "build"), options, build)
+    for name in _mapping(target.get("verify")):
+        if names is not None and name not in names and name not in TargetVerifyRecipe.model_fields:
+            near = did_you_mean(name, (*TargetVerifyRecipe.model_fields, *names))
+            yield (*place, "verify", name), f"unknown field '{name}'{near}"
+    for name, own in _mapping(target.get("components")).items():
+        here: Place = (*place, "components", name)
+        if names is not None and name not in names:
+            yield here, f"unknown component '{name}'{did_you_mean(name, names)}"
+        model = _at(known.backends, _mapping(own).get("backend") or backend)
+        yield from _option_faults((*here, "build"), model, _mapping(own).get("build"))
 
 
 def _components(data: Mapping[str, Any], known: Known) -> dict[str, tuple[str, ...]] | None:
@@ -100,8 +155,15 @@ def _quantize_faults(place: Place, known: Known, data: Any, chosen: list[tuple[A
         yield from _option_faults(place, model, params, tuple(QuantizeRecipe.model_fields))
 
 
-def _chosen(data: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[Any, Any]:
-    return own.get("backend") or data.get("backend"), own.get("precision") or data.get("precision") or "fp32"
+def _chosen(ways: list[Any], name: str) -> list[tuple[Any, Any]]:
+    """(backend, precision) of component `name` in each of `ways`: a recipe, or each target laid over it."""
+    found = []
+    for way in ways:
+        components = _mapping(way.get("components"))
+        own = {**_set(components.get(base_of(name) or name)), **_set(components.get(name))}
+        backend = own.get("backend") or way.get("backend")
+        found.append((backend, own.get("precision") or way.get("precision") or "fp32"))
+    return found
 
 
 def _option_faults(place: Place, model: type[BaseModel] | None, options: Any, beside: tuple[str, ...] = ()) -> Faults:
@@ -112,6 +174,8 @@ def _option_faults(place: Place, model: type[BaseModel] | None, options: Any, be
         model.model_validate({key: value for key, value in options.items() if value is not None})
     except ValidationError as error:
         for item in error.errors(include_url=False):
+            if item["type"] == "too_short" and item["input"]:
+                continue  # only sound entries are counted, and the faulty ones are told of anyway
             where = (*place, *item["loc"])
             holder = _holder(model, item["loc"])
             fields = (*holder.model_fields, *(beside if holder is model else ()))

@@ -12,6 +12,7 @@ from sdcompile.recipe.fields import did_you_mean, shown
 from sdcompile.recipe.model import ComponentRecipe, Recipe
 from sdcompile.recipe.sections import DefaultsRecipe, FloorRecipe, ShapesRecipe, VerifyRecipe
 from sdcompile.recipe.stepcache import StepCacheRecipe
+from sdcompile.recipe.targets import TargetComponentRecipe, TargetRecipe, TargetVerifyRecipe
 from sdcompile.recipe.yamltext import Place
 from sdcompile.spec import PRECISIONS
 
@@ -65,9 +66,13 @@ def _siblings(place: Place) -> tuple[str, ...]:
         return tuple(Recipe.model_fields)
     if place[0] == "verify" and len(place) == 3:
         return tuple(FloorRecipe.model_fields)
+    if place[0] == "targets" and place[2:3] == ("verify",):
+        return tuple((FloorRecipe if len(place) == 5 else TargetVerifyRecipe).model_fields)
     section = next((_SECTIONS[str(key)] for key in reversed(place[:-1]) if str(key) in _SECTIONS), None)
     if section is None and place[0] == "components":
         section = ComponentRecipe
+    if section is None and place[0] == "targets":
+        section = TargetComponentRecipe if "components" in place[:-1] else TargetRecipe
     return tuple(section.model_fields) if section else ()
 
 

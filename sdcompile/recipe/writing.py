@@ -8,6 +8,7 @@ from typing import Any
 from sdcompile.recipe.known import Known, known_names
 from sdcompile.recipe.model import Recipe
 from sdcompile.recipe.sections import VerifyRecipe
+from sdcompile.recipe.targets import CAPABILITIES
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -29,18 +30,30 @@ def schema(known: Known | None = None) -> dict[str, Any]:
     components = list(dict.fromkeys(c for fields in known.families.values() for c in fields))
     fields = result["properties"]
     fields["family"]["enum"] = list(known.families)
-    fields["backend"]["enum"] = list(known.backends)
     fields["components"]["propertyNames"] = {"enum": components}
-    for branch in parts["ComponentRecipe"]["properties"]["backend"]["anyOf"]:
-        if branch.get("type") == "string":
-            branch["enum"] = list(known.backends)
+    parts["TargetRecipe"]["properties"]["components"]["propertyNames"] = {"enum": components}
+    fields["backend"] = {"enum": list(known.backends), "description": fields["backend"]["description"]}
+    for part in ("ComponentRecipe", "TargetComponentRecipe"):
+        for branch in parts[part]["properties"]["backend"]["anyOf"]:
+            if branch.get("type") == "string":
+                branch["enum"] = list(known.backends)
+    capable = [b for b, model in known.backends.items() if model and CAPABILITIES in model.model_fields]
+    target = {"type": "string", "pattern": f"^({'|'.join(known.backends)}|({'|'.join(capable)}):[a-z0-9_]+)$"}
+    parts["TargetRecipe"]["properties"]["backend"] |= target
+    fields["targets"] = {
+        **{key: value for key, value in fields["targets"].items() if key not in ("anyOf", "default")},
+        "type": "array", "minItems": 1, "items": {"anyOf": [target, {"$ref": "#/$defs/TargetRecipe"}]},
+    }  # fmt: skip
+    result["oneOf"] = [{"required": ["backend"]}, {"required": ["targets"]}]
     fields["samplers"]["items"] = {
         "anyOf": [{"enum": list(known.samplers)}, {"$ref": "#/$defs/SamplerRecipe"}],
         "description": "A short name, or {name, scheduler, config fields of the diffusers scheduler}.",
     }
     floors = {name: {"$ref": "#/$defs/FloorRecipe"} for name in components if name not in VerifyRecipe.model_fields}
     parts["VerifyRecipe"]["properties"].update(floors)
-    parts["VerifyRecipe"]["additionalProperties"] = False
+    parts["TargetVerifyRecipe"]["properties"].update(floors)
+    for part in ("VerifyRecipe", "TargetVerifyRecipe"):
+        parts[part]["additionalProperties"] = False
     _add_passes(parts, known)
     return result
 
@@ -86,6 +99,9 @@ precision: {precision}         # fp32 | fp16 | bf16 | int8
 #   - {{name: dpmpp_2m_karras, scheduler: DPMSolverMultistepScheduler, use_karras_sigmas: true}}
 samplers: [dpmpp_2m, euler, ddim]
 defaults: {{num_inference_steps: 20, guidance_scale: 7.5}}
+
+# Instead of backend, engines for several places in one bundle, the preferred first:
+# targets: [tensorrt_rtx:sm89, {{backend: openvino, precision: bf16}}, onnxruntime]
 
 # Per component: backend, precision, build options; clip_skip for text_encoder. vae_encoder is built when listed.
 # components: {{vae_decoder: {{precision: fp32}}}}

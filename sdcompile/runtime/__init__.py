@@ -30,6 +30,7 @@ def load(
     prompt_cache_bytes: int = 256 << 20,
     image_cache: str | Path | None = None,
     image_cache_bytes: int = 1 << 30,
+    target: str | None = None,
 ) -> Pipeline:
     """Open the bundle folder `path`; engines themselves are opened when a request first needs them.
 
@@ -43,13 +44,16 @@ def load(
     prompt_cache  folder for prompt embeddings, shared by processes and kept below prompt_cache_bytes;
                   None = they are remembered by this pipeline alone
     image_cache   folder for finished images, likewise: a request with the same seed gets the same bytes at once
+    target        which engines to run, of a bundle of several targets; None = the first one listed that this
+                  machine can run. The pipeline tells which (`target`) and the reason (`why`)
 
     Raises BundleError when the bundle is damaged, incomplete or too new, HostError when this
-    machine lacks what an engine needs, RecipeError for an unknown value of `memory`.
+    machine lacks what an engine needs, RecipeError for an unknown value of `memory` or `target`.
     """
     from sdcompile.runtime.opening import open_bundle
 
-    opened = open_bundle(Path(path), threads, Path(cache) if cache is not None else None, memory, verify_files)
+    folder = Path(cache) if cache is not None else None
+    opened = open_bundle(Path(path), threads, folder, memory, verify_files, target)
     if prompt_cache is not None:
         opened.keep_prompts(Path(prompt_cache), prompt_cache_bytes)
     if image_cache is not None:

@@ -18,7 +18,9 @@ from typing import Any
 from sdcompile import bundle as bundles
 from sdcompile import machine
 from sdcompile.errors import RecipeError
+from sdcompile.families import FAMILIES
 from sdcompile.runtime import load, workers
+from sdcompile.runtime.choosing import choose
 from sdcompile.runtime.options import Options
 from sdcompile.runtime.promptfiles import Row
 from sdcompile.runtime.saving import Progress, Saved, Wanted, grouped, images_of, make_folder, make_group, new_seed
@@ -36,7 +38,7 @@ class Batch:
 
 def generate_many(
     bundle: Path, rows: Sequence[Row], output: Path, *, common: Options, count: int, threads: int | None = None,
-    caches: Mapping[str, Any] = MappingProxyType({}), progress: Progress,
+    caches: Mapping[str, Any] = MappingProxyType({}), target: str | None = None, progress: Progress,
 ) -> list[Saved]:  # fmt: skip
     """Make the images of `rows` with `count` processes and write them below `output`, with an index.
 
@@ -47,9 +49,11 @@ def generate_many(
     Raises RecipeError when `output` holds an index of another job, and what the pipeline raises.
     """
     manifest = bundles.read(bundle)
+    # Every worker, and a later call that goes on, runs the target chosen here and now.
+    target = choose(bundle, manifest, target, FAMILIES[manifest.family].required)[0].target or None
     make_folder(output)
     index = output / INDEX
-    job = _job(bundle, rows, common)
+    job = _job(bundle, rows, common, target)
     seed, finished = _resumed(index, job)
     first_seed = common.seed if common.seed is not None else seed if seed is not None else new_seed()
     wanted = images_of(rows, Options.of({**common.given(), "seed": first_seed}))
@@ -71,13 +75,16 @@ def generate_many(
                 _write(file, row)
             progress(len(finished), 0, 0)
 
-        workers.run(todo, min(count, max(1, len(todo))), partial(_opened, bundle, output, share, dict(caches)), done)
+        setup = partial(_opened, bundle, output, share, dict(caches), target)
+        workers.run(todo, min(count, max(1, len(todo))), setup, done)
     return [finished[number] for number in range(len(wanted))]
 
 
-def _opened(bundle: Path, output: Path, threads: int, caches: dict[str, Any]) -> Callable[[Batch], list[Saved]]:
+def _opened(
+    bundle: Path, output: Path, threads: int, caches: dict[str, Any], target: str | None
+) -> Callable[[Batch], list[Saved]]:
     """In a worker: the bundle opened, and the function that makes a batch with it."""
-    pipeline = load(bundle, threads=threads, **caches)
+    pipeline = load(bundle, threads=threads, target=target, **caches)
 
     def make(batch: Batch) -> list[Saved]:
         return make_group(pipeline, batch.images, output, number=batch.first)
@@ -85,9 +92,10 @@ def _opened(bundle: Path, output: Path, threads: int, caches: dict[str, Any]) ->
     return make
 
 
-def _job(bundle: Path, rows: Sequence[Row], common: Options) -> str:
+def _job(bundle: Path, rows: Sequence[Row], common: Options, target: str | None) -> str:
     """What decides the images, but for a seed that was not given: the sha256 of all of it."""
     told = [bundles.digest(bundle), common.given(), [[row.prompt, row.options.given()] for row in rows]]
+    told += [target] if target else []
     return hashlib.sha256(json.dumps(told, default=str, sort_keys=True).encode()).hexdigest()
 
 

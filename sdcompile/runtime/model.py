@@ -32,6 +32,8 @@ class Model:
     encoder_digest  identity of text encoder and tokenizer; "" as for digest
     profiles   named sets of options
     components those there are engines for; () = not known
+    target     which of a bundle's targets its engines are; "" = the bundle has one
+    why        why that one was chosen
     """
 
     name: str
@@ -47,9 +49,11 @@ class Model:
     components: tuple[str, ...] = ()
     encoder_digest: str = ""
     profiles: Profiles = field(default_factory=Profiles)
+    target: str = ""
+    why: str = ""
 
     @classmethod
-    def from_bundle(cls, folder: Path, manifest: Manifest) -> Model:
+    def from_bundle(cls, folder: Path, manifest: Manifest, why: str = "") -> Model:
         return cls(
             name=manifest.name,
             family=manifest.family,
@@ -64,6 +68,8 @@ class Model:
             components=tuple(manifest.components),
             encoder_digest=_encoder_digest(manifest),
             profiles=profiles.read(folder, _offer(manifest)),
+            target=manifest.target,
+            why=why,
         )
 
     @classmethod
@@ -100,9 +106,10 @@ def _offer(manifest: Manifest) -> Offer:
 
 def _encoder_digest(manifest: Manifest) -> str:
     """sha256 of the names and hashes of the files that make embeddings of prompts."""
+    encoder = f"{manifest.folder_of('text_encoder')}/"
     files = sorted(
-        (path, entry.sha256)
+        (path.replace(encoder, "components/text_encoder/"), entry.sha256)
         for path, entry in manifest.files.items()
-        if path.startswith(("components/text_encoder/", "tokenizer/"))
+        if path.startswith((encoder, "tokenizer/"))
     )
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

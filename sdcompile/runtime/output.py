@@ -36,6 +36,7 @@ class Output:
     timings: Mapping[str, Any]
     model: str = ""
     digest: str = ""
+    target: str = ""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -65,6 +66,7 @@ class Output:
             **_unusual(request),
             "model": self.model,
             "bundle": self.digest,
+            **({"target": self.target} if self.target else {}),
         }
 
 

@@ -40,7 +40,7 @@ from sdcompile.runtime.request import ENCODER, Request, resolve, second_pass
 from sdcompile.runtime.stepcache import DeepFeatures
 from sdcompile.runtime.tiles import Tiling, over_tiles
 from sdcompile.runtime.values import Stage
-from sdcompile.spec import Range
+from sdcompile.spec import Range, at_target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -112,7 +112,7 @@ class Pipeline:
             images = self._made(request, _watching(watch) if callback is None and watch is not None else callback)
             if kept is not None:
                 kept.put(request, images)
-        return Output(images, request, self._clock.timings(), self.model.name, self.model.digest)
+        return Output(images, request, self._clock.timings(), self.model.name, self.model.digest, self.target)
 
     def _made(self, request: Request, callback: CallbackOnStepEnd | None) -> list[Image] | Floats:
         final = self._denoise(request, callback)
@@ -122,6 +122,16 @@ class Pipeline:
             return final
         pixels = pictures.pixels_from_decoded(self.decode(final))
         return pictures.pil_from_pixels(pixels) if request.output_type == "pil" else pixels
+
+    @property
+    def target(self) -> str:
+        """Which of the bundle's targets makes the images; "" where the bundle has one. `why` tells the reason."""
+        return self.model.target
+
+    @property
+    def why(self) -> str:
+        """Why `target` was chosen, and what kept each preferred one from running here; "" where there is one."""
+        return self.model.why
 
     def keep_prompts(self, folder: Path, limit_bytes: int) -> None:
         """Keep prompt embeddings below `folder`, for every process that runs the same text encoder."""
@@ -133,7 +143,8 @@ class Pipeline:
         A request that comes again with the same seed, options and output_type gets the same bytes at once.
         Of a model without a digest, one that is still being built, nothing is kept.
         """
-        self.finished = ImageCache(DiskCache.at(folder, limit_bytes), self.model.digest) if self.model.digest else None
+        of = at_target(self.model.digest, self.model.target)
+        self.finished = ImageCache(DiskCache.at(folder, limit_bytes), of) if self.model.digest else None
 
     def warm_up(self) -> float:
         """Open every engine and run it once at the default size, so that the first request finds them ready.

@@ -19,11 +19,12 @@ from sdcompile.files import link, link_tree
 from sdcompile.passes.base import read_effect
 from sdcompile.passes.nncf_int8 import SENSITIVITY
 from sdcompile.runtime.profiles import FILE as PROFILES
-from sdcompile.spec import Job
+from sdcompile.spec import Job, at_target
 from sdcompile.steps.report import reports as combined
 from sdcompile.steps.report import stood_in
 
 ARTIFACT = "artifact.json"
+README = "README.md"
 
 _TOOLS = (
     "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
@@ -35,32 +36,57 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Assemble the bundle in `out`.
 
     inputs: engine.<component>, report.<component> (absent for backends that cannot be verified),
-    pass.<component>.<op> for each pass, race.<component> where int8 had to win, tokenizer, tables.
-    job.params: recipe, source, facts, components, defaults, profiles, fallbacks.
+    pass.<component>.<op> for each pass, race.<component> where int8 had to win, tokenizer, tables; of
+    several targets each has its own, with <component>@<target>.
+    job.params: recipe, source, facts, components, or targets {name: components}, defaults, profiles, fallbacks.
     """
     params = job.params
-    reports = {
-        role.removeprefix("report."): json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        for role, folder in inputs.items()
-        if role.startswith("report.")
-    }
-    for name in params["components"]:
-        job.say(f"linking {name}", None)
-        link_tree(inputs[f"engine.{name}"], out / "components" / name)
+    ways: Mapping[str, Mapping[str, Any]] = params.get("targets") or {"": params["components"]}
+    told = {target: _of_target(inputs, target) for target in ways}
+    placed: dict[Path, str] = {}
+    folders: dict[str, dict[str, str]] = {}
+    for target, components in ways.items():
+        job.say(f"linking {target or ', '.join(components)}", None)
+        at = f"components/{bundle.folder_of_target(target)}" if target else "components"
+        folders[target] = {}
+        for name in components:
+            engine = told[target][f"engine.{name}"].resolve()
+            if engine not in placed:
+                placed[engine] = f"{at}/{name}"
+                link_tree(engine, out / at / name)
+            folders[target][name] = placed[engine]
     tables = json.loads((inputs["tables"] / "samplers.json").read_text(encoding="utf-8"))
     for name in tables:
         link(inputs["tables"] / f"{name}.npz", out / "samplers" / f"{name}.npz")
     link(inputs["tokenizer"] / "tokenizer.json", out / "tokenizer" / "tokenizer.json")
-    _write_reports(out / "reports", reports)
-    for role, folder in inputs.items():
-        if role.startswith("pass.") and (folder / SENSITIVITY).is_file():
-            link(folder / SENSITIVITY, out / "reports" / f"{role.split('.')[1]}-{SENSITIVITY}")
-    (out / "README.md").write_text(_readme(params), encoding="utf-8")
+    reports = {target: _reports(rows) for target, rows in told.items()}
+    for target, rows in told.items():
+        folder = out / "reports" / bundle.folder_of_target(target)
+        _write_reports(folder, reports[target])
+        for role, path in rows.items():
+            if role.startswith("pass.") and (path / SENSITIVITY).is_file():
+                link(path / SENSITIVITY, folder / f"{role.split('.')[1]}-{SENSITIVITY}")
+    (out / README).write_text(readme(params["recipe"], params["source"], ways), encoding="utf-8")
     (out / PROFILES).write_text(_profiles(params), encoding="utf-8")
     for stray in out.rglob(ARTIFACT):
         stray.unlink()
 
     job.say("hashing", None)
+    entries = {
+        target: {
+            name: _component(
+                name, components[name], reports[target].get(name), told[target], _note(params, name, target)
+            )
+            for name in components
+        }
+        for target, components in ways.items()
+    }
+    verified = {target: _verification(rows) for target, rows in reports.items()}
+    targets = {
+        target: bundle.TargetEntry(folders=folders[target], components=entries[target], verification=verified[target])
+        for target in ways
+        if target
+    }
     manifest = bundle.Manifest(
         name=params["recipe"]["name"],
         family=params["recipe"]["family"],
@@ -73,7 +99,8 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         host={**machine.identity(), "system": platform.platform(), "python": platform.python_version()},
         facts=params["facts"],
         shapes={letter: (bounds.min, bounds.opt, bounds.max) for letter, bounds in job.shapes.items()},
-        components={name: _component(name, params, reports.get(name), inputs) for name in params["components"]},
+        components=entries.get("", {}),
+        targets=targets,
         tokenizer=bundle.TokenizerEntry(
             file="tokenizer/tokenizer.json",
             **json.loads((inputs["tokenizer"] / "entry.json").read_text(encoding="utf-8")),
@@ -83,21 +110,57 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
             for name, entry in tables.items()
         },
         defaults=bundle.Defaults(**params["defaults"]),
-        verification=_verification(reports),
-        files={
-            path.relative_to(out).as_posix(): bundle.FileEntry(bytes=path.stat().st_size, sha256=bundle.sha256_of(path))
-            for path in sorted(out.rglob("*"))
-            if path.is_file() and path.name != PROFILES  # people edit it
-        },
+        verification=verified[""] if "" in verified else _verification_of_all(verified),
+        files=_hashed(out),
     )
     bundle.write(out, manifest)
 
 
+def _of_target(inputs: Mapping[str, Path], target: str) -> dict[str, Path]:
+    """The inputs of one target, by their roles as if it were the only one."""
+    found = {}
+    for role, path in inputs.items():
+        kind, dot, rest = role.partition(".")
+        label, _, op = rest.partition(".")
+        name, _, whose = label.partition("@")
+        if dot and whose == target:
+            found[f"{kind}.{name}" + (f".{op}" if op else "")] = path
+    return found
+
+
+def _reports(inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    return {
+        role.removeprefix("report."): json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        for role, folder in inputs.items()
+        if role.startswith("report.")
+    }
+
+
+def _hashed(out: Path) -> dict[str, bundle.FileEntry]:
+    """Every file's size and hash. Engines' files of the same content are made one file on the way."""
+    found: dict[str, bundle.FileEntry] = {}
+    first: dict[str, Path] = {}
+    for path in sorted(out.rglob("*")):
+        if not path.is_file() or path.name == PROFILES:  # people edit it
+            continue
+        relative = path.relative_to(out).as_posix()
+        entry = bundle.entry_of(path)
+        found[relative] = entry
+        same = first.setdefault(entry.sha256, path)
+        if relative.startswith("components/") and not same.samefile(path):
+            path.unlink()
+            link(same, path)
+    return found
+
+
 def _component(
-    name: str, params: Mapping[str, Any], report: Mapping[str, Any] | None, inputs: Mapping[str, Path]
+    name: str,
+    entry: Mapping[str, Any],
+    report: Mapping[str, Any] | None,
+    inputs: Mapping[str, Path],
+    fallback: str | None,
 ) -> bundle.ComponentEntry:
-    entry = params["components"][name]
-    notes = [params.get("fallbacks", {}).get(name), stood_in(report) if report else None]
+    notes = [fallback, stood_in(report) if report else None]
     race = inputs.get(f"race.{name}")
     return bundle.ComponentEntry(
         backend=entry["backend"],
@@ -116,6 +179,12 @@ def _component(
     )
 
 
+def _note(params: Mapping[str, Any], name: str, target: str) -> str | None:
+    """Why the component is not what the recipe asked for, where it is not."""
+    note: str | None = params.get("fallbacks", {}).get(at_target(name, target))
+    return note
+
+
 def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
     keep = ("passed", "floor", "worst", "by_region", "by_shape", "stand_in", "ranges", "proof", "own_decoder",
             "step_cache")  # fmt: skip
@@ -131,8 +200,14 @@ def _verification(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _verification_of_all(verified: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of several targets: did all pass, of those that compute something?"""
+    verdicts = [row["passed"] for row in verified.values() if row["passed"] is not None]
+    return {"passed": all(verdicts) if verdicts else None}
+
+
 def _write_reports(folder: Path, reports: Mapping[str, Any]) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     summary, junit = combined(reports)
     (folder / "verify.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (folder / "verify.xml").write_text(junit, encoding="utf-8")
@@ -154,26 +229,37 @@ def _only(model: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key in model.model_fields and key != "file"}
 
 
-def _readme(params: Mapping[str, Any]) -> str:
-    recipe, source = params["recipe"], params["source"]
-    rows = "\n".join(
-        f"| {name} | {entry['backend']} | {entry['precision']} |" for name, entry in params["components"].items()
+def readme(recipe: Mapping[str, Any], source: Mapping[str, Any], ways: Mapping[str, Mapping[str, Any]]) -> str:
+    """README.md of a bundle. ways: target ("" where there is one) -> component -> {backend, precision}."""
+    several = "" not in ways
+    rows: list[tuple[str, ...]] = [
+        (*((target,) if several else ()), name, entry["backend"], entry["precision"])
+        for target, components in ways.items()
+        for name, entry in components.items()
+    ]
+    columns = (*(("target",) if several else ()), "component", "backend", "precision")
+    extras = ",".join(sorted({row[-2].replace("_", "-") for row in rows}))
+    first = (
+        "sdcompile check .    # which targets run here, and what the others lack"
+        if several
+        else (f"pip install 'sdcompile[{extras}]'")
     )
-    extras = ",".join(sorted({entry["backend"].replace("_", "-") for entry in params["components"].values()}))
     parts = "".join(
         f"\n{name} is made of {part['id']}. Its licence: {part['licence'] or 'not stated'}.\n"
         for name, part in source.get("components", {}).items()
     )
+    figures = f"reports/{'TARGET/' if several else ''}verify.json"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"""# {recipe["name"]}
 
 Compiled by sdcompile {__version__} from {source["id"]}. Licence of the source: {source["licence"] or "not stated"}.
 {parts}
-    pip install 'sdcompile[{extras}]'
+    {first}
     sdcompile generate . "a prompt" --seed 1
 
-| component | backend | precision |
-|---|---|---|
-{rows}
+| {" | ".join(columns)} |
+{"|---" * len(columns)}|
+{table}
 
-`sdcompile inspect .` tells what it was made of and how it was verified; reports/verify.json has every figure.
+`sdcompile inspect .` tells what it was made of and how it was verified; {figures} has every figure.
 """

@@ -32,12 +32,13 @@ def write(folder: Path, report: Report) -> None:
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
 
 
-def fault(report: Report, folder: Path | None = None) -> VerifyError:
+def fault(report: Report, folder: Path | None = None, target: str = "") -> VerifyError:
     """The error that a report with `passed: false` is worth: what missed, by how much, where, and what to type.
 
-    `folder` is where the report lies, so that the kept files can be named.
+    `folder` is where the report lies, so that the kept files can be named; `target` is whose engine it was.
     """
-    return _image_fault(report, folder) if report["component"] == PIPELINE else _engine_fault(report, folder)
+    error = _image_fault(report, folder) if report["component"] == PIPELINE else _engine_fault(report, folder)
+    return VerifyError(f"target {target}: {error.message}", error.hint) if target else error
 
 
 _AGAINST = {

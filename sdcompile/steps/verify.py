@@ -124,7 +124,7 @@ def recheck(bundle: Path, manifest: Manifest, samples: Path) -> dict[str, dict[s
     for name, entry in manifest.components.items():
         base = metrics.FLOORS[entry.precision]
         floor = metrics.Floor(**entry.verification["floor"]) if entry.verification.get("floor") else base
-        folder = bundle / "components" / name
+        folder = bundle / manifest.folder_of(name)
         found[name] = judge(BACKENDS[entry.backend], folder, Samples(samples, name), floor)
     found[PIPELINE] = verify_images.recheck(bundle, manifest, samples)
     return found

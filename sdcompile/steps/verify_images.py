@@ -69,7 +69,7 @@ def recheck(bundle: Path, manifest: Manifest, recorded: Path) -> dict[str, Any]:
     told = manifest.verification.get("images", {})
     floor, cached = (part.get("floor", {}).get("min_psnr_db") for part in (told, told.get("step_cache", {})))
     backends = {name: entry.backend for name, entry in manifest.components.items()}
-    with load(bundle, memory="low", verify_files=False) as pipeline:
+    with load(bundle, memory="low", verify_files=False, target=manifest.target or None) as pipeline:
         return judge(pipeline, recorded, floor_db(precisions) if floor is None else floor, backends, precisions, cached)
 
 

@@ -321,10 +321,11 @@ class Store:
     # Explaining ----------------------------------------------------------------------------
 
     def _last_path(self, recipe: str, step: str) -> Path:
-        for name in (recipe, step):
-            if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        file = step.replace(":", "-")  # of a target; a colon is no file name everywhere
+        for name in (recipe, file):
+            if not re.fullmatch(r"[\w.@-]+", name) or name.startswith("."):
                 raise ValueError(f"{name!r} is no name of a recipe or step")
-        return self.root / "last" / recipe / f"{step}.json"
+        return self.root / "last" / recipe / f"{file}.json"
 
     def last(self, recipe: str, step: str) -> dict[str, Any] | None:
         """The parts of the key last made or used for this step of this recipe, or None."""
