@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sdcompile.bundle import folder_of_target
 from sdcompile.errors import RecipeError
 from sdcompile.run import Build
 
 
 def polygraphy(work: Build, folder: Path, only: str | None = None) -> dict[str, list[str]]:
-    """Write `folder/<component>/` for every engine that was verified; returns its commands, by component.
+    """Write `folder/<component>/` for every engine that was verified; returns its commands, by folder.
 
     Raises RecipeError when no engine was made from ONNX, HostError when polygraphy is missing.
     """
@@ -54,8 +55,9 @@ def polygraphy(work: Build, folder: Path, only: str | None = None) -> dict[str, 
                     name.removeprefix("got."): kept[name] for name in kept.files if name.startswith("got.")
                 } or None
         forms = {role: path for role, path in folders.items() if path is not None and role != "samples"}
-        found[step.component] = polygraphy_files.write(
-            folder / step.component, report["backend"], forms, sample.feeds, sample.outputs, answer,
+        place = folder_of_target(step.of)
+        found[place] = polygraphy_files.write(
+            folder / place, report["backend"], forms, sample.feeds, sample.outputs, answer,
             report["floor"]["min_snr_db"],
         )  # fmt: skip
     if not found:

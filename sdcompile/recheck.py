@@ -15,7 +15,7 @@ from sdcompile.families import FAMILIES
 from sdcompile.files import size_bytes
 from sdcompile.recipe import Recipe, known_names
 from sdcompile.run import build, lay_out
-from sdcompile.runtime.choosing import runnable
+from sdcompile.runtime.choosing import runnable, words
 from sdcompile.spec import at_target
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def verify_bundle(
     ways, unfit = runnable(folder, manifest, target)
     bundle.check(folder, manifest, _read(ways) if manifest.targets else ("",))
     for verdict in unfit:
-        observer.warn(f"{verdict.target} is not verified: {verdict.fault.message if verdict.fault else ''}")
+        observer.warn(f"{verdict.target} is not verified: {words(folder, verdict)}")
     recipe = Recipe.model_validate(recipe_of(folder, manifest, source), context=known_names())
     work = lay_out(recipe, Path.cwd(), store, offline=offline)
     plan = work.plan.until("verify")

@@ -189,7 +189,7 @@ def fitness(folder: Path, target: str | None = None) -> dict[str, Any]:
     told = [
         {
             "target": verdict.target, "runs": verdict.fault is None,
-            "components": [_fit(ways[verdict.target].components[fit.component], fit) for fit in verdict.fits],
+            "components": [_fit(folder, ways[verdict.target].components[fit.component], fit) for fit in verdict.fits],
         }
         for verdict in verdicts
         if target in (None, verdict.target)
@@ -202,8 +202,9 @@ def fitness(folder: Path, target: str | None = None) -> dict[str, Any]:
     return {"bundle": str(folder), "runs": runs, "target": chosen, "targets": told, "hints": hints}
 
 
-def _fit(entry: ComponentEntry, fit: Fit) -> dict[str, Any]:
+def _fit(folder: Path, entry: ComponentEntry, fit: Fit) -> dict[str, Any]:
     reason, hint = (fit.fault.message, fit.fault.hint) if fit.fault is not None else ("", "")
+    reason = reason.removeprefix(f"{folder}: ")
     return {
         "component": fit.component, "backend": entry.backend, "precision": entry.precision,
         "runs": fit.fault is None, "engine": fit.engine, "reason": reason, "hint": hint,

@@ -18,7 +18,6 @@ from sdcompile.measure.tables import Table, number
 
 Data = Mapping[str, Any]
 
-VERIFY = "verify.json"
 _ROWS = 8
 _GROUPS = 20
 
@@ -39,7 +38,7 @@ def of_bundle(folder: Path, bench: Data | None, evaluation: Path | None, timings
     judged = None if evaluation is None else _json(evaluation / "eval.json")
     body = [
         *_head(manifest, digest),
-        html.section("Verification", *_each(manifest, lambda one: _verification(_json(folder / one.reports / VERIFY)))),
+        html.section("Verification", *_verified(folder)),
         html.section("What passes did", *_each(manifest, lambda one: _compression(folder, one))),
         html.section("One image", *_waterfall(timings)),
         html.section("Speed", *_tables(tables.bench(bench) if bench else ())),
@@ -56,6 +55,11 @@ def _each(manifest: bundle.Manifest, part: Callable[[bundle.Manifest], Iterable[
         if target and inside:
             yield f"<h3>{html.escape(target)}</h3>"
         yield from inside
+
+
+def _verified(folder: Path) -> Iterator[str]:
+    """The verification of every target of the bundle in `folder`."""
+    return _each(bundle.read(folder), lambda one: _verification(_json(folder / one.reports / "verify.json")))
 
 
 def timed(folder: Path, target: str | None = None) -> Mapping[str, Any]:
@@ -303,8 +307,7 @@ def _layers_sheet(folder: Path, result: Data) -> Iterator[str]:
 
 def _layers_verified(folder: Path, result: Data) -> Iterator[str]:
     for layer in result["layers"]:
-        verify = _json(folder / "bundles" / layer["bundle"] / "reports" / VERIFY)
-        yield html.folded(layer["name"], "".join(_verification(verify)))
+        yield html.folded(layer["name"], "".join(_verified(folder / "bundles" / layer["bundle"])))
 
 
 def _manifest(manifest: bundle.Manifest) -> str:

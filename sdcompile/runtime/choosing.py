@@ -67,7 +67,7 @@ def choose(folder: Path, manifest: Manifest, target: str | None, components: Ite
     for one in manifest.by_target().values():
         verdict = judge(folder, one, needed)
         if verdict.fault is None:
-            return one, _reason(one.target, passed)
+            return one, _reason(folder, one.target, passed)
         if isinstance(verdict.fault, BundleError) and all(e.backend in BACKENDS for e in one.components.values()):
             raise verdict.fault  # it could run here were it whole: the next one would only hide that
         passed.append(verdict)
@@ -165,7 +165,7 @@ def target_here() -> str:
 
 def nothing_runs(folder: Path, manifest: Manifest, verdicts: list[Verdict]) -> HostError:
     """The error of a bundle none of whose targets runs here."""
-    lines = [f"  {verdict.target}: {_words(verdict)}" for verdict in verdicts]
+    lines = [f"  {verdict.target}: {words(folder, verdict)}" for verdict in verdicts]
     return HostError(
         f"{folder}: none of its {len(lines)} targets can run here\n" + "\n".join(lines),
         "\n".join(remedies(manifest, verdicts)),
@@ -182,19 +182,20 @@ def _require(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
     running = [row.target for row in verdicts if row.fault is None]
     hint = remedies(manifest, verdicts)
     hint += [f"of its targets, {', '.join(running)} can: leave the target out, or name one of them"] if running else []
-    raise HostError(f"{folder}: target {verdict.target} cannot run here: {_words(verdict)}", "\n".join(hint))
+    raise HostError(f"{folder}: target {verdict.target} cannot run here: {words(folder, verdict)}", "\n".join(hint))
 
 
-def _reason(target: str, passed: list[Verdict]) -> str:
+def words(folder: Path, verdict: Verdict) -> str:
+    """What keeps a target from running, in one line that does not repeat the bundle's name."""
+    assert verdict.fault is not None
+    return verdict.fault.message.removeprefix(f"{folder}: ").replace("\n", " ")
+
+
+def _reason(folder: Path, target: str, passed: list[Verdict]) -> str:
     if not passed:
         return f"{target}, the preferred target"
-    others = "; ".join(f"{verdict.target}: {_words(verdict)}" for verdict in passed)
+    others = "; ".join(f"{verdict.target}: {words(folder, verdict)}" for verdict in passed)
     return f"{target}, the first target that runs here (not {others})"
-
-
-def _words(verdict: Verdict) -> str:
-    assert verdict.fault is not None
-    return verdict.fault.message.replace("\n", " ")
 
 
 def _runs(probe: Probe) -> bool:

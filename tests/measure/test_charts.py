@@ -77,7 +77,7 @@ def test_a_report_shows_what_passes_did_and_what_int8_costs_worst_first(tmp_path
     from sdcompile.measure import report
 
     effect = {"pass": "nncf_int8", "parameters": [10, 10], "bytes": [40, 10], "snr_db": {"early": 21.5}}
-    manifest = SimpleNamespace(components={"unet": SimpleNamespace(effects=[effect])})
+    manifest = SimpleNamespace(components={"unet": SimpleNamespace(effects=[effect])}, reports="reports")
     groups = [{"name": f"group.{n}", "operators": 1, "snr_db": {"early": 30.0 + n, "late": 40.0}} for n in range(3)]
     told = {"all": {"early": 19.0, "late": 28.0}, "left_out": ["group.0"], "groups": groups[::-1]}
     (tmp_path / "reports").mkdir()

@@ -108,7 +108,7 @@ def test_where_none_runs_every_reason_and_the_way_out_are_told(fat: Path, machin
         sdcompile.load(fat)
     assert "none of its 3 targets can run here" in caught.value.message
     for name, backend in BACKEND.items():
-        assert f"  {name}: {fat}: text_encoder needs backend {backend}" in caught.value.message
+        assert f"  {name}: text_encoder needs backend {backend}" in caught.value.message
         assert f"{name}: pip install {backend}" in caught.value.hint
     assert "sdcompile build RECIPE --set targets.3=" in caught.value.hint
 
