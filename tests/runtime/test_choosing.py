@@ -167,6 +167,13 @@ def test_the_same_seed_draws_the_same_picture_with_every_target(fat: Path, machi
     np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
+def test_finished_images_are_kept_for_each_target(fat: Path, machine: Machine, tmp_path: Path) -> None:
+    machine("gpu", "fast", "plain")
+    for name in NAMES:
+        pipe = sdcompile.load(fat, target=name, image_cache=tmp_path / "images")
+        assert [pipe("red", seed=3).timings["images_read"] for _ in range(2)] == [0, 1]
+
+
 # Asking without loading --------------------------------------------------------------------------
 
 
