@@ -103,6 +103,10 @@ def test_the_schema_asks_for_a_backend_or_for_targets():
         (("targets.3=onnxruntme",), "targets.3: unknown backend 'onnxruntme', did you mean 'onnxruntime'?"),
         (("targets.3=onnxruntime:sm89",), "onnxruntime takes no compute capability; tensorrt_rtx does"),
         (("targets.0=tensorrt_rtx:sm88",), "'sm88' is not one of portable, sm75"),
+        (
+            ("targets.0.build={compute_capabilities: [sm86]}",),
+            "are named twice: here and in backend 'tensorrt_rtx:sm89'",
+        ),
         (("targets.2.build={streans: 2}",), "targets.2.build.streans: unknown field 'streans'"),
         (("targets.2.components={unett: {}}",), "targets.2.components.unett: unknown component 'unett'"),
         (("targets.2.components.unet={prune: {}}",), "targets.2.components.unet.prune: unknown field 'prune'"),

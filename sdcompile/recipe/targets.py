@@ -129,6 +129,11 @@ def target_faults(data: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
         return
     met: dict[str, str] = {}
     for index, entry in enumerate(targets):
+        if isinstance(entry, Mapping) and ":" in str(entry.get("backend")):
+            build = entry.get("build")
+            if isinstance(build, Mapping) and build.get(CAPABILITIES) is not None:
+                text = f"{CAPABILITIES} are named twice: here and in backend '{entry['backend']}'"
+                yield ("targets", index, "build", CAPABILITIES), text
         told = spelled_out(entry)
         name = told.get("name") if isinstance(told, Mapping) else None
         if not isinstance(name, str):
