@@ -143,8 +143,9 @@ def remedies(manifest: Manifest, verdicts: Iterable[Verdict]) -> list[str]:
         probes = [BACKENDS[name].probe() for name in missing if name in BACKENDS]
         # Where a GPU is missing, installing its library is of no use: only what a library alone lacks is said.
         lines += [f"{verdict.target}: {probe.hint}" for probe in probes if not probe.available and probe.hint]
-    backend, on_gpu, _ = (here := target_here()).partition(":")
-    if not running or (on_gpu and backend not in running):
+    here = target_here()
+    backend = here.partition(":")[0]
+    if not running or (BACKENDS[backend].probe().identity and backend not in running):
         more = f"--set targets.{len(manifest.targets)}={here}"
         lines.append(f"build it with a target for this machine: sdcompile build RECIPE {more}")
     return list(dict.fromkeys(lines))

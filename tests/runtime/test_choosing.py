@@ -197,6 +197,19 @@ def test_check_of_a_machine_that_runs_none_says_what_to_build(fat: Path, machine
     assert found["hints"][-1].startswith("build it with a target for this machine: sdcompile build RECIPE --set ")
 
 
+def test_a_gpu_that_no_target_uses_is_worth_a_hint_though_others_run(
+    fat: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("fast", "plain")
+    here = Probe(True, version="1", identity={"gpu": "X", "architecture": "sm120"})
+    for name in ("tensorrt", "tensorrt_rtx"):
+        probe = here if name == "tensorrt_rtx" else Probe(False)
+        monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], probe=lambda probe=probe: probe))
+    found = status.fitness(fat)
+    assert found["target"] == "fast"
+    assert found["hints"][-1].endswith("sdcompile build RECIPE --set targets.3=tensorrt_rtx:sm120")
+
+
 @pytest.mark.parametrize(("architecture", "expected"), [("sm89", "tensorrt_rtx:sm89"), ("sm90", "tensorrt")])
 def test_what_to_build_is_for_the_gpu_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch, architecture: str, expected: str
