@@ -26,6 +26,7 @@ from sdcompile.plan import SOURCE, Machine, Plan, Step, resolve
 from sdcompile.recipe import Recipe, load
 from sdcompile.spec import PIPELINE, Job, Precision, Say, Stage, at_target, say_nothing
 from sdcompile.steps import OPS
+from sdcompile.steps.report import broken, fault
 
 if TYPE_CHECKING:
     from sdcompile.console import Observer
@@ -155,8 +156,9 @@ def build(
 ) -> dict[str, Path]:
     """Make everything `stage` needs; returns step name -> folder of what was needed.
 
-    Raises VerifyError when an engine misses its floor, unless the recipe says `on_fail: fallback`: then the
-    component is rebuilt in fp32. One that loses the race of `accept_if` is rebuilt unquantized. The manifest says so.
+    Raises VerifyError when an engine misses its floor, unless the recipe says `on_fail: fallback` (or `on_nan:
+    fallback`, where it overflows or gives NaN or one colour): then the component is rebuilt in fp32. One that loses
+    the race of `accept_if` is rebuilt unquantized. The manifest says so.
     """
     while True:
         plan = work.plan.until(stage, only)
@@ -170,9 +172,8 @@ def build(
             if name is None:
                 raise missed.error from None
             asked = work.recipe.by_target()[missed.target].effective(name).precision
-            note = (
-                f"asked for {asked}, built in fp32 because verification failed: {missed.error.message.splitlines()[0]}"
-            )
+            why = missed.broken or missed.error.message.splitlines()[0]
+            note = f"asked for {asked}, built in fp32 because verification failed: {why}"
             _fall_back(work, name, missed.target, "fp32", note, observer)
         except _Lost as lost:
             race = lost.race
@@ -206,11 +207,13 @@ class _Missed(Exception):  # noqa: N818 - a turn of the loop, not an error a use
     def __init__(self, step: Step, error: VerifyError, report: Mapping[str, Any]) -> None:
         super().__init__(step.of)
         self.component, self.target, self.error, self.report = step.component, step.target, error, report
+        self.broken = broken(report)
 
 
 def _fallback_component(work: Build, missed: _Missed) -> str | None:
-    """Which component to rebuild in fp32: the failing one, or for images the coarsest one left."""
-    if work.recipe.verify.on_fail != "fallback":
+    """Which component to rebuild in fp32: the failing one, or for images the one to blame or the coarsest one left."""
+    verify = work.recipe.verify
+    if ((missed.broken and verify.on_nan) or verify.on_fail) != "fallback":
         return None
     family = FAMILIES[work.recipe.family]
     candidates = [missed.component]
@@ -218,6 +221,8 @@ def _fallback_component(work: Build, missed: _Missed) -> str | None:
         if missed.report["worst"]["passed"]:
             return None  # what step caching costs, it costs in every precision
         candidates = [family.denoiser, *family.required]
+    if missed.report.get("blame"):
+        candidates = [missed.report["blame"]]
     recipe = work.recipe.by_target()[missed.target]
     for name in candidates:
         chosen = recipe.effective(name)
@@ -253,8 +258,6 @@ def _gate(step: Step, folder: Path) -> None:
         return
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if not report["passed"]:
-        from sdcompile.steps.report import fault
-
         raise _Missed(step, fault(report, folder, step.target), report)
 
 

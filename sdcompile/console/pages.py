@@ -244,7 +244,7 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
             table.add_row(
                 Text(name), effect["pass"], f"{after / 1e6:.2f} M{of}",
                 f"{size(new)} of {size(old)}", " / ".join(f"{level:.1f}" for level in effect["snr_db"].values()),
-                Text(_quantized(effect)),
+                Text(_quantized(effect) or _kept(effect)),
             )  # fmt: skip
     yield table
     for name, row in components.items():
@@ -263,6 +263,16 @@ def _quantized(effect: Facts) -> str:
     return f"{effect['quantized']} of {effect['operators']} in int8" + (
         f"; for the budget in float: {names}" if out else ""
     )
+
+
+def _kept(effect: Facts) -> str:
+    """Of a cast: how many nodes stay in float32, and why the first ones do."""
+    if not effect.get("kept_count"):
+        return ""
+    rows = effect["kept"][:2]
+    names = "; ".join(f"{row['node']} ({row['why']})" for row in rows)
+    more = effect["kept_count"] - len(rows)
+    return f"{effect['kept_count']} of {effect['operators']} in float32: {names}" + (f"; {more} more" if more else "")
 
 
 def sensitivity(facts: Facts) -> Iterator[Any]:

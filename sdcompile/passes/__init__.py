@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sdcompile.passes import blocks, cast_fp16, channels, heads, nncf_int8, recover
+from sdcompile.passes import blocks, cast, channels, heads, nncf_int8, recover
 from sdcompile.passes.base import Pass
 
 __all__ = ["PASSES", "Pass", "quantization"]
 
 PASSES: dict[str, Pass] = {
-    p.name: p for p in (blocks.PASS, heads.PASS, channels.PASS, recover.PASS, nncf_int8.PASS, cast_fp16.PASS)
+    p.name: p for p in (blocks.PASS, heads.PASS, channels.PASS, recover.PASS, nncf_int8.PASS, cast.FP16, cast.BF16)
 }
 
 
 def quantization(names: Iterable[str]) -> Pass | None:
     """Of the passes that realise a precision, the one a recipe's `quantize:` speaks to: it has parameters."""
     records = (PASSES[name] for name in names)
-    return next((r for r in records if r.stage == "quantize" and r.params.model_fields), None)
+    return next((r for r in records if r.stage == "quantize" and r.section == "quantize"), None)
+
+
+def casts(record: Pass) -> bool:
+    """Is it a pass that a recipe's `cast:` speaks to?"""
+    return record.section == "cast"

@@ -38,6 +38,8 @@ class Pass:
                 the trajectories of `calibrate` (see `sdcompile.samples`)?
     memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB)
     teacher     does it want an input "teacher": the component's checkpoint as it was before any pass?
+    section     of a pass of the quantize stage: the mapping in a recipe that its parameters are written in
+    opset       the oldest ONNX opset whose operators take what it writes
     """
 
     name: str
@@ -50,6 +52,8 @@ class Pass:
     calibrates: Callable[[Any], bool] = never
     teacher: bool = False
     memory: tuple[float, float] = (2.0, 1.0)
+    section: str = "quantize"
+    opset: int = 18
 
 
 EFFECT = "effect.json"

@@ -96,6 +96,11 @@ def matching(nodes: Iterable[ir.Node], patterns: Iterable[str]) -> set[str]:
     return found
 
 
+def lies_under(node: ir.Node, pattern: str) -> bool:
+    """Whether the module of `node` is, or is inside of, one that `pattern` names (see `matching`)."""
+    return _regex(pattern).fullmatch(module_of(node)) is not None
+
+
 def _regex(pattern: str) -> re.Pattern[str]:
     parts = (".*" if p == "**" else "[^.]*" if p == "*" else re.escape(p) for p in re.split(r"(\*\*|\*)", pattern))
     return re.compile(rf"(?:.*\.)?{''.join(parts)}(?:\..*)?")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sdcompile.backends import BACKENDS, Backend
 from sdcompile.families import Family
-from sdcompile.passes import PASSES, Pass, quantization
+from sdcompile.passes import PASSES, Pass, casts, quantization
 from sdcompile.recipe import Recipe
 from sdcompile.spec import Precision
 
@@ -61,6 +61,11 @@ class Choice(NamedTuple):
     def calibrates(self) -> bool:
         return any(p.calibrates for p in self.passes)
 
+    @property
+    def opset(self) -> int:
+        """The oldest ONNX opset that every pass can write."""
+        return max((p.record.opset for p in self.passes), default=0)
+
 
 def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str, faults: list[str]) -> Choice:
     """What `name` is built with; adds to `faults` what cannot be."""
@@ -95,18 +100,53 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     passes = [_planned(PASSES[p], pruning[p]) for p in PASSES if p in pruning]
     names = backend.realises.get(precision, ())
     quantizer, quantize = quantization(names), recipe.quantizing(name)
-    passes += [
-        _planned(PASSES[p], {**backend.quantize, **quantize.params} if PASSES[p] is quantizer else {}) for p in names
-    ]
+    told_cast = recipe.settings(name).cast
+    casting = told_cast.params if told_cast else {}
+    if precision == "bf16":
+        # Its range is fp32's: what a component inherits of measuring overflow has no use.
+        casting = {key: value for key, value in casting.items() if key == "keep_fp32"}
+
+    def planned(passes: tuple[str, ...]) -> list[Planned]:
+        told = {p: {**backend.quantize, **quantize.params} if PASSES[p] is quantizer else {} for p in passes}
+        return [_planned(PASSES[p], casting if casts(PASSES[p]) else told[p]) for p in passes]
+
+    passes += planned(names)
     if quantizer is None:
+        faults += _faults_of_cast(recipe, name, backend, precision, passes)
         return Choice(backend, precision, params, tuple(passes), of_pruned=of_pruned)
     rest: Precision = quantize.rest or backend.rests[0]
     if rest not in backend.rests:
         where = f"components.{name}.quantize.rest" if own and own.quantize and own.quantize.rest else "quantize.rest"
         faults.append(f"{where}: beside int8, {backend.name} computes in {' or '.join(backend.rests)}, not in {rest}")
-    passes += [_planned(PASSES[p], {}) for p in backend.realises.get(rest, ())]
+    passes += planned(backend.realises.get(rest, ()))
+    faults += _faults_of_cast(recipe, name, backend, rest, passes)
     speedup = quantize.accept_if.speedup if quantize.accept_if else None
     return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, speedup, of_pruned)
+
+
+def _faults_of_cast(
+    recipe: Recipe, name: str, backend: Backend, precision: Precision, passes: list[Planned]
+) -> list[str]:
+    """What `cast:` of the component says to nobody, and an opset the cast cannot be written in."""
+    found = next((p.record for p in passes if casts(p.record)), None)
+    own = recipe.components.get(name)
+    faults = []
+    if own and own.cast and found is None:
+        takers = ", ".join(
+            b.name for b in BACKENDS.values() if any(casts(PASSES[p]) for row in b.realises.values() for p in row)
+        )
+        why = "fp32 is not cast" if precision == "fp32" else f"{backend.name} makes {precision} by itself"
+        faults.append(f"components.{name}.cast: {why}, so that this speaks to nothing; backends that cast: {takers}")
+    if own and own.cast and own.cast.from_samples and precision == "bf16" and found is not None:
+        faults.append(
+            f"components.{name}.cast.from_samples: bf16 has the range of fp32, so that nothing overflows in it"
+        )
+    if found is not None and recipe.opset < found.opset and "opset" in recipe.model_fields_set:
+        faults.append(
+            f"opset: {precision} of {name} needs opset {found.opset} or later, whose operators take it; this is "
+            f"{recipe.opset}"
+        )
+    return faults
 
 
 def _planned(record: Pass, params: Mapping[str, Any]) -> Planned:

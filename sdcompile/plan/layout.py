@@ -89,8 +89,8 @@ def resolve(
             folder = draft.folder(name)
             made_of = checkpoints[folder] if name != family.shallow else roads[family.denoiser].forms["checkpoint"]
             roads[name] = _component(
-                draft, name, choice, modules.get(name), specs[name], shapes, facts, made_of, samples, recipe.opset,
-                source.fp32_bytes(folder),
+                draft, name, choice, modules.get(name), specs[name], shapes, facts, made_of, samples,
+                max(recipe.opset, choice.opset), source.fp32_bytes(folder),
             )  # fmt: skip
         reports = verification(draft, one, choices, specs, shapes, roads, reference)
         ways[target] = Way(choices, roads, reports)

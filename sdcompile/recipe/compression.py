@@ -1,4 +1,4 @@
-"""What a recipe says of making a model smaller: pruning, calibration, quantization.
+"""What a recipe says of making a model smaller: pruning, calibration, quantization, casting.
 
 The parameters of each pass are the pass's own (`PASSES[...].params`); this file holds only what the
 plan itself must know. It knows no pass.
@@ -70,6 +70,38 @@ class AcceptRecipe(Part):
         description="Least ratio of processor time, unquantized over quantized; below it the component is built "
         "unquantized (in `rest`) and the bundle says so.",
     )
+
+
+class CastRecipe(Part):
+    """What stays in float32 where a component is cast to fp16 or bf16 (parameters of passes.cast)."""
+
+    keep_fp32: tuple[String, ...] | None = Field(
+        default=None,
+        description="Operators (`Softmax`), nodes (`vae_decoder.conv_out/*`) or modules (`up_blocks.3.**.norm1`) to "
+        "keep in float32. A pattern that matches nothing is an error.",
+    )
+    from_samples: bool | None = Field(
+        default=None,
+        description="fp16 only: run calibration samples, and keep what makes or reads a value beyond fp16. Unset = no.",
+    )
+    headroom: Annotated[Number, Field(ge=1)] | None = Field(
+        default=None, description="Beyond means more than 65504 / headroom. Unset = 2."
+    )
+    max_samples: Annotated[Whole, Field(ge=1)] | None = Field(
+        default=None, description="Samples that ranges are measured on. Unset = 32."
+    )
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The fields that are set here."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+    @model_validator(mode="after")
+    def _measured(self) -> CastRecipe:
+        given = [name for name in ("headroom", "max_samples") if getattr(self, name) is not None]
+        if given and not self.from_samples:
+            raise fault(f"{given[0]} says how samples are judged, and from_samples is not set")
+        return self
 
 
 class QuantizeRecipe(Part):

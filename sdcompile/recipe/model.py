@@ -13,7 +13,14 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
-from sdcompile.recipe.compression import CalibrateRecipe, PruneParams, QuantizeRecipe, prompts_of, prune_value
+from sdcompile.recipe.compression import (
+    CalibrateRecipe,
+    CastRecipe,
+    PruneParams,
+    QuantizeRecipe,
+    prompts_of,
+    prune_value,
+)
 from sdcompile.recipe.fields import (
     ComponentSourceText,
     FileName,
@@ -79,6 +86,9 @@ class ComponentRecipe(Part):
         description="Reuse deep features on some steps (unet only): adds a component unet_cached, which inherits "
         "what is set here and may be listed with settings of its own.",
     )
+    cast: CastRecipe | None = Field(
+        default=None, description="What stays in float32 where this component is cast to fp16 or bf16."
+    )
 
     def over(self, base: ComponentRecipe) -> ComponentRecipe:
         """These settings, and those of `base` where one is not set here."""
@@ -93,6 +103,7 @@ class ComponentRecipe(Part):
                 "build": {**base.build, **self.build} if same_backend else self.build,
                 "prune": self.prune or base.prune,
                 "quantize": quantize,
+                "cast": self.cast or base.cast,
                 "step_cache": self.step_cache or base.step_cache,
             }
         )
@@ -140,7 +151,9 @@ class Recipe(Part):
         "capability where one engine is not for all GPUs (tensorrt_rtx:sm89), or mappings.",
     )
     precision: Precision = Field(default="fp32", description="Precision of every component that names none itself.")
-    opset: Annotated[Whole, Field(ge=18, le=23)] = Field(default=20, description="ONNX opset to export, 18 to 23.")
+    opset: Annotated[Whole, Field(ge=18, le=23)] = Field(
+        default=20, description="ONNX opset to export, 18 to 23. Unset = 20, or 22 for what is cast to bf16."
+    )
     shapes: ShapesRecipe = Field(default_factory=_unset(ShapesRecipe), description="Sizes the engines are built for.")
     samplers: tuple[SamplerRecipe, ...] = Field(
         default_factory=lambda: tuple(SamplerRecipe(name=n) for n in ("dpmpp_2m", "euler", "ddim")),
@@ -253,15 +266,17 @@ class Recipe(Part):
 
     def in_precision(self, component: str, precision: Precision, target: str = "") -> Recipe:
         """This recipe with `component`, of one target or of the only one, built in `precision`."""
+        # What stays in float32 of a cast means nothing where all of it does.
+        change = {"precision": precision, **({"cast": None} if precision == "fp32" else {})}
         if self.targets is None:
-            own = self.components.get(component, ComponentRecipe()).model_copy(update={"precision": precision})
+            own = self.components.get(component, ComponentRecipe()).model_copy(update=change)
             return self.model_copy(update={"components": {**self.components, component: own}})
         rows = []
         for row in self.targets:
             if row.name == target:
                 mine = row.components.get(component, TargetComponentRecipe())
                 # A copy made with `update` counts the field as set, which `in_target` goes by.
-                mine = mine.model_copy(update={"precision": precision})
+                mine = mine.model_copy(update=change)
                 row = row.model_copy(update={"components": {**row.components, component: mine}})
             rows.append(row)
         return self.model_copy(update={"targets": tuple(rows)})

@@ -109,6 +109,11 @@ class VerifyRecipe(Part):
         default="stop", description="When a floor is missed: stop the build, or build that component in fp32 instead."
     )
 
+    on_nan: Literal["stop", "fallback"] | None = Field(
+        default=None,
+        description="The same for NaN, values beyond fp16 and all one colour, at any shape. Unset = as on_fail.",
+    )
+
     @property
     def floors(self) -> dict[str, FloorRecipe]:
         """Component -> floors this recipe sets."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from sdcompile.bundle import folder_of_target
-from sdcompile.recipe.compression import QuantizeRecipe
+from sdcompile.recipe.compression import CastRecipe, QuantizeRecipe
 from sdcompile.recipe.fields import Number, Part, String, fault, shown
 from sdcompile.recipe.names import BackendName
 from sdcompile.recipe.sections import FloorRecipe, VerifyRecipe, empty_for_null
@@ -59,6 +59,9 @@ class TargetComponentRecipe(Part):
     build: dict[str, Any] = Field(default_factory=dict, description="Options of this component's backend.")
     quantize: QuantizeRecipe | None = Field(
         default=None, description="How this component is quantized, over what the recipe says of it."
+    )
+    cast: CastRecipe | None = Field(
+        default=None, description="What stays in float32 where this component is cast to fp16 or bf16."
     )
 
 
@@ -121,7 +124,7 @@ def target_faults(data: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
         yield ("build",), "which backend is it for? write it in a target: {backend: ..., build: {...}}"
     components = data.get("components")
     for name, own in components.items() if isinstance(components, Mapping) else ():
-        for field in ("backend", "build"):
+        for field in ("backend", "build", "cast"):
             if isinstance(own, Mapping) and own.get(field):
                 at: Place = ("components", name, field)
                 yield at, f"targets choose backends; write it in a target: components: {{{name}: {{{field}: ...}}}}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sdcompile.recipe.compression import AcceptRecipe, CalibrateRecipe, QuantizeRecipe
+from sdcompile.recipe.compression import AcceptRecipe, CalibrateRecipe, CastRecipe, QuantizeRecipe
 from sdcompile.recipe.fields import did_you_mean, shown
 from sdcompile.recipe.model import ComponentRecipe, Recipe
 from sdcompile.recipe.sections import DefaultsRecipe, FloorRecipe, ShapesRecipe, VerifyRecipe
@@ -22,6 +22,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "verify": VerifyRecipe,
     "calibrate": CalibrateRecipe,
     "quantize": QuantizeRecipe,
+    "cast": CastRecipe,
     "accept_if": AcceptRecipe,
     "step_cache": StepCacheRecipe,
 }

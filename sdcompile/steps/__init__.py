@@ -43,7 +43,7 @@ OPS: dict[str, Op] = {
     "calibrate": Op("sdcompile.steps.calibrate", "calibrate", "samples", revision=2, packages=_TORCH),
     "race": Op("sdcompile.steps.race", "compile", "race", host=True),
     "record": Op("sdcompile.steps.record", "verify", "samples", revision=3, packages=_TORCH),
-    "engine": Op("sdcompile.steps.verify", "verify", "report", revision=2, host=True),
-    "images": Op("sdcompile.steps.verify_images", "verify", "report", revision=2, host=True),
-    "bundle": Op("sdcompile.steps.package", "package", "bundle", revision=5),
+    "engine": Op("sdcompile.steps.verify", "verify", "report", revision=3, host=True),
+    "images": Op("sdcompile.steps.verify_images", "verify", "report", revision=3, host=True),
+    "bundle": Op("sdcompile.steps.package", "package", "bundle", revision=6),
 }

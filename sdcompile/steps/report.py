@@ -41,6 +41,27 @@ def fault(report: Report, folder: Path | None = None, target: str = "") -> Verif
     return VerifyError(f"target {target}: {error.message}", error.hint) if target else error
 
 
+def broken(report: Report) -> str:
+    """Why an engine, or the images, are worse than inexact: NaN, one colour, or values beyond fp16; "" = they are not.
+
+    It is what `verify: {on_nan: ...}` is about.
+    """
+    faults = (report.get("sweep") or {}).get("faults", ())
+    if (report.get("ranges") or {}).get("beyond"):
+        return _shortfall(report)
+    if report.get("blame"):
+        return f"{report['blame']} gives NaN, infinite values or one colour"
+    for row in report["samples"]:
+        if row["error"] is None and not row["finite"]:
+            return _NOT_FINITE
+        if row.get("flat"):
+            return _FLAT
+    return next((f"at its {fault['shape']} shape {fault['what']}" for fault in faults if fault["kind"] != "error"), "")
+
+
+_NOT_FINITE = "its output holds NaN or infinite values"
+_FLAT = "its output is all one value, as a black picture is"
+
 _AGAINST = {
     "reference": "its fp32 reference",
     "checkpoint": "the pruned torch module it was made of, which it must whatever pruning cost",
@@ -50,6 +71,14 @@ _AGAINST = {
 def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
     worst, name = report["worst"], report["component"]
     engine = f"{_subject(report)}{name} ({report['backend']}, {report['precision']})"
+    faults = (report.get("sweep") or {}).get("faults", ())
+    if faults and worst["passed"] and not (report.get("ranges") or {}).get("beyond"):
+        dims = ", ".join(f"{name} {'x'.join(map(str, sides))}" for name, sides in faults[0]["dims"].items())
+        return VerifyError(
+            f"{engine} agrees with its fp32 reference where that was recorded, but not so at its "
+            f"{faults[0]['shape']} shape: {faults[0]['what']}\ninput: {dims}, made of sample {faults[0]['sample']}",
+            _hint(report),
+        )
     lines = [
         f"{engine} does not agree with {_AGAINST[report['against']]}: {_shortfall(report)}",
         f"worst input: {_described(worst)}",
@@ -121,6 +150,12 @@ def _hint(report: Report) -> str:
             "fp32 should agree: this is most likely a fault of the exported graph or of the backend; try another "
             f"`components: {{{name}: {{backend: ...}}}}`"
         )
+    if broken(report):
+        kept = f"`components: {{{name}: {{cast: {{from_samples: true}}}}}}` keeps what overflows in fp32; "
+        return (
+            f"{kept if report['precision'] == 'fp16' else ''}`verify: {{on_nan: fallback}}` builds {name} in fp32 "
+            f"instead; `components: {{{name}: {{precision: ...}}}}` takes {wider[report['precision']]}"
+        )
     return (
         f"`verify: {{on_fail: fallback}}` builds {name} in fp32 instead; `components: {{{name}: {{precision: ...}}}}` "
         f"takes {wider[report['precision']]}; `verify: {{{name}: {{min_snr_db: ...}}}}` lowers the floor if you accept "
@@ -139,7 +174,9 @@ def _shortfall(figures: Report) -> str:
     if worst.get("error"):
         return f"the engine failed: {worst['error']}"
     if not worst["finite"]:
-        return "its output holds NaN or infinite values"
+        return _NOT_FINITE
+    if worst.get("flat"):
+        return _FLAT
     if "psnr_db" in worst:
         return f"PSNR {worst['psnr_db']:.1f} dB, floor {floor['min_psnr_db']:g} dB"
     return (
@@ -198,6 +235,10 @@ def _cases(name: str, report: Report) -> Iterator[tuple[str, str | None]]:
     for shape, row in report["by_shape"].items():
         worst = min((s for s in report["samples"] if s["shape"] == shape), key=lambda s: (s["passed"], s["snr_db"]))
         yield f"{shape} shape, {row['samples']} samples", None if row["passed"] else _row_failure(worst, report)
+    told = report.get("sweep") or {"shapes": (), "faults": ()}
+    for shape in told["shapes"]:
+        what = next((fault["what"] for fault in told["faults"] if fault["shape"] == shape), None)
+        yield f"{shape} shape, finite and not all one value", what if what is None else _xml_safe(what)
 
 
 def _row_failure(worst: Report, report: Report) -> str:

@@ -16,18 +16,24 @@ from typing import Any
 from sdcompile.backends import BACKENDS, STAND_IN
 from sdcompile.backends.base import LAYERS, Card
 from sdcompile.spec import Job
+from sdcompile.steps import widening
 
 
 def build(card: Card, onnx: Path, out: Path) -> Path:
     """Make an engine of the stand-in from the folder `onnx`, for the shapes of `card`; returns `out`.
 
-    Weights are linked. Of an int8 graph the stand-in need not compute anything in int8, as nobody gains
-    by it: it is called by the precision of the rest. Raises HostError when the stand-in is missing,
-    StageError when it refuses the graph.
+    Weights are linked. bf16, which the stand-in has no kernels for, is computed in fp32 with every value rounded
+    to bf16 (`widening`): what a GPU does, up to the order of its sums. Of an int8 graph the stand-in need not
+    compute anything in int8, as nobody gains by it: it is called by the precision of the rest. Raises HostError
+    when the stand-in is missing, StageError when it refuses the graph.
     """
     out.mkdir(parents=True)
     params = {**card.params, "options": {}}
     precision = card.params["rest"] if card.precision == "int8" else card.precision
+    if precision == "bf16":
+        wide = out.with_name(f"{out.name}-wide")
+        widening.widen(onnx, wide)
+        onnx, precision = wide, "fp32"
     BACKENDS[STAND_IN].build(onnx, out, Job(card.component, params, precision, card.spec, card.shapes))
     return out
 

@@ -7,6 +7,7 @@ library an engine runs in.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -21,7 +22,7 @@ from sdcompile.backends.base import read_card
 from sdcompile.errors import StageError
 from sdcompile.samples import Sample, Samples
 from sdcompile.spec import PIPELINE, Job, Say, say_nothing
-from sdcompile.steps import ranges, standing_in
+from sdcompile.steps import ranges, standing_in, sweep
 from sdcompile.steps.report import write
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         if stand_in:
             told["stand_in"] = {"backend": STAND_IN, "why": stand_in["why"]}
             card = read_card(engine, backend.name)
-            told["ranges"] = ranges.check(inputs["exported"], inputs["onnx"], card, samples, Path(scratch), job.say)
+            told["ranges"] = ranges.check(inputs["exported"], inputs["onnx"], samples, Path(scratch), job.say)
             engine = standing_in.build(card, inputs["onnx"], Path(scratch) / "engine")
             backend = BACKENDS[STAND_IN]
         report = _judged(backend, {**inputs, "engine": engine}, samples, floor, job, out)
@@ -73,14 +74,15 @@ def _judged(
     if job.params.get("own_floor"):
         own_floor = metrics.Floor(**job.params["own_floor"])
         mine = _answered(inputs, job)
-        own = {**judge(backend, inputs["engine"], mine, own_floor, keep=out, say=job.say), "against": "checkpoint"}
+        found = judge(backend, inputs["engine"], mine, own_floor, keep=out, say=job.say, swept=False)
+        own = {**found, "against": "checkpoint"}
         if not own["passed"]:
             own["divergence"] = _divergence(backend, inputs, mine, own, own_floor, out, job.say)
             return own
     report = judge(backend, inputs["engine"], samples, floor, keep=out, say=job.say)
     if own is not None:
         report["own"] = {"floor": own["floor"], "worst": own["worst"]}
-    elif not report["passed"]:
+    elif not all(row["passed"] for row in report["samples"]):
         report["divergence"] = _divergence(backend, inputs, samples, report, floor, out, job.say)
     return report
 
@@ -137,8 +139,11 @@ def judge(
     floor: metrics.Floor,
     keep: Path | None = None,
     say: Say = say_nothing,
+    *,
+    swept: bool = True,
 ) -> dict[str, Any]:
-    """The report of the engine in `folder`: every sample's figures, the worst, and the least by region and shape.
+    """The report of the engine in `folder`: every sample's figures, the worst, the least by region and shape, and,
+    if `swept`, whether shapes that were not recorded give finite values that differ (`sweep`).
 
     When the floor is missed, the worst sample is kept in the folder `keep`, if one is given.
     """
@@ -147,12 +152,15 @@ def judge(
     card = read_card(folder, backend.name)
     engine = backend.open(folder, Host())
     try:
-        rows = []
+        rows, recorded, least = [], set(), math.inf
         for number, sample in enumerate(samples):
             say(f"sample {number + 1} of {len(samples)}", number / len(samples))
             rows.append(_row(engine, sample, floor))
+            recorded.add(sweep.sizes(card, sample.feeds))
+            least = min(least, sweep.span(sample.outputs))
         worst = min(rows, key=_badness)
         kept = _keep(engine, samples[worst["id"]], keep) if keep is not None and not worst["passed"] else None
+        found = sweep.run(engine, card, samples, recorded, least, say) if swept else None
         facts = dict(engine.facts)
     finally:
         engine.close()
@@ -161,13 +169,14 @@ def judge(
         "against": "reference",
         "backend": backend.name,
         "precision": card.precision,
-        "passed": all(row["passed"] for row in rows),
+        "passed": all(row["passed"] for row in rows) and not (found and found["faults"]),
         "floor": {"min_snr_db": floor.min_snr_db, "min_cosine": floor.min_cosine},
         "facts": facts,
         "worst": worst,
         "by_region": _least(rows, "region"),
         "by_shape": _least(rows, "shape"),
         "samples": rows,
+        "sweep": found,
         "kept": kept,
         "divergence": None,
     }
@@ -207,10 +216,13 @@ def _row(engine: Engine, sample: Sample, floor: metrics.Floor) -> dict[str, Any]
     if not isinstance(answer, str):
         try:
             found = figures(sample.outputs, answer)
-            return {**row, **found, "passed": found["finite"] and floor.holds(found["snr_db"], found["cosine"])}
+            flat = found["finite"] and sweep.span(answer) < sweep.FLAT * sweep.span(sample.outputs)
+            held = found["finite"] and not flat and floor.holds(found["snr_db"], found["cosine"])
+            return {**row, **found, "flat": flat, "passed": held}
         except ValueError as error:
             answer = str(error)
-    failed = {"snr_db": metrics.WORST_DB, "cosine": -1.0, "max_abs": None, "finite": False, "passed": False}
+    failed = {"snr_db": metrics.WORST_DB, "cosine": -1.0, "max_abs": None, "finite": False}
+    failed |= {"flat": False, "passed": False}
     return {**row, **failed, "error": answer}
 
 

@@ -20,7 +20,7 @@ from sdcompile.runtime import load
 from sdcompile.runtime.images import pil_from_pixels
 from sdcompile.runtime.pipeline import Pipeline
 from sdcompile.spec import PIPELINE, Job, Precision, Say, say_nothing
-from sdcompile.steps import standing_in
+from sdcompile.steps import standing_in, sweep
 from sdcompile.steps.reference import Trajectory, model_of
 from sdcompile.steps.report import write
 
@@ -49,9 +49,11 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
             made = standing_in.build(cards[name], inputs[f"onnx.{name}"], Path(scratch) / name)
             engines[name] = (STAND_IN, made)
 
+        broken: list[str] = []
+
         def open_engine(component: str) -> Engine:
             backend, folder = engines[component]
-            return BACKENDS[backend].open(folder, Host())
+            return _Watched(BACKENDS[backend].open(folder, Host()), component, broken)
 
         with Pipeline(model_of(job.params, inputs, job), open_engine, low_memory=True) as pipeline:
             report = judge(
@@ -59,8 +61,32 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
                 [card.precision for card in cards.values()], job.params.get("step_cache_min_psnr_db"),
                 keep=out, say=job.say,
             )  # fmt: skip
+    if not broken and report["worst"].get("flat") and (report["worst"]["latents_snr_db"] or 0) > 0:
+        broken.append("vae_decoder")  # it was given a picture's latents
+    report["blame"] = broken[0] if broken else None
     why = "; ".join(dict.fromkeys(row["why"] for row in unrun.values()))
     write(out, {**report, "stand_in": {"backend": STAND_IN, "why": why}} if unrun else report)
+
+
+class _Watched:
+    """An engine that notes its component's name in `broken` when it gives NaN or infinite values."""
+
+    def __init__(self, engine: Engine, component: str, broken: list[str]) -> None:
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self._engine, self._component, self._broken = engine, component, broken
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return self._engine.facts
+
+    def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        outputs = self._engine(feeds)
+        if not all(metrics.is_finite(array) for array in outputs.values()):
+            self._broken.append(self._component)
+        return outputs
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 def recheck(bundle: Path, manifest: Manifest, recorded: Path) -> dict[str, Any]:
@@ -198,8 +224,9 @@ def _row(
         "latents_snr_db": round(metrics.snr_db(reference["final"], final[0]), 3),
         "image": index,
         "finite": metrics.is_finite(images),
+        "flat": sweep.span({"images": images}) < sweep.FLAT * sweep.span({"images": reference["images"]}),
     }
-    return {**row, **found, "passed": found["finite"] and figures[index] >= min_psnr_db}, images
+    return {**row, **found, "passed": found["finite"] and not found["flat"] and figures[index] >= min_psnr_db}, images
 
 
 def _keep(folder: Path, worst: tuple[float, Floats, Floats]) -> list[str]:

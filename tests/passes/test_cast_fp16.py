@@ -10,7 +10,7 @@ import pytest
 
 from sdcompile.errors import StageError
 from sdcompile.passes import PASSES
-from sdcompile.passes.cast_fp16 import half_of
+from sdcompile.passes.casting import half_of
 from sdcompile.spec import Job
 
 pytestmark = pytest.mark.tiny

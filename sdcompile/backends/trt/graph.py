@@ -31,7 +31,8 @@ class Promise:
     """Names of nodes, by what the engine must make of them.
 
     attentions   softmaxes that feed a matrix product, over several heads of a width that is fused. Those
-                 of a single head (a VAE's) are not counted: whether fusing pays there is the compiler's choice
+                 of a single head (a VAE's) are not counted: whether fusing pays there is the compiler's choice.
+                 Nor are those a pass left in float32
     quantized    matrix products and convolutions whose inputs are all dequantised int8
     kept         nodes that a pass left in float32 on purpose
     """
@@ -49,6 +50,7 @@ def promise(path: Path) -> Promise:
     nodes = graph.node
     shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
     makers = {output: node for node in nodes for output in node.output}
+    kept = frozenset(node.name for node in nodes if any(p.key == KEPT for p in node.metadata_props))
     products = [node for node in nodes if node.op_type in PRODUCTS]
     behind = {node.name: [_sources(name, makers) for name in node.input[:2]] for node in products}
     attentions = frozenset(
@@ -57,7 +59,7 @@ def promise(path: Path) -> Promise:
         if _fusible(shapes.get(node.output[0]))
         for side in behind[node.name]
         for source in side
-        if source.op_type == "Softmax"
+        if source.op_type == "Softmax" and not kept & {source.name, node.name}
     )
     return Promise(
         attentions=attentions,
@@ -66,7 +68,7 @@ def promise(path: Path) -> Promise:
             for name, sides in behind.items()
             if all(side and all(source.op_type == "DequantizeLinear" for source in side) for side in sides)
         ),
-        kept=frozenset(node.name for node in nodes if any(p.key == KEPT for p in node.metadata_props)),
+        kept=kept,
     )
 
 

@@ -1,7 +1,7 @@
-"""ONNX fp32 -> fp16: weights and arithmetic in half, the graph's own inputs and outputs in float32.
+"""ONNX fp32 -> fp16 or bf16: weights and arithmetic in half, the graph's own inputs and outputs in float32.
 
-Casts are placed by type: every operator input gets fp16 where the operator's ONNX schema allows
-it and float32 where it does not. Whatever a sine or cosine is computed from stays float32, as a
+Casts are placed by type: every operator input gets the half type where the operator's ONNX schema
+allows it and float32 where it does not. Whatever a sine or cosine is computed from stays float32, as a
 timestep of 999 has no fractional bits left in fp16. Weights are read, cast and written one by
 one, so that a 3.4 GB model needs no more memory than its largest tensor.
 
@@ -11,27 +11,26 @@ weights and their halves in one protobuf (whose limit is 2 GB) and leave sinusoi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING, NamedTuple
 
 from sdcompile.errors import StageError
-from sdcompile.passes.base import Pass
-from sdcompile.spec import Job
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-REVISION = 1
+LIMIT = 65504.0
+"""The largest fp16."""
 
-_MAX = 65504.0
 _SMALLEST = 2.0**-24
 
-_MASK = 1e30
+MASK = 1e30
 """Finite values from here on stand for infinity in attention masks; they become the largest fp16."""
+
+KEPT = "kept"
+"""Key of a node's metadata_props under which stands why it was left in float32 (read by `backends.trt.graph`)."""
 
 _PERIODIC = {"Sin", "Cos"}
 
@@ -45,31 +44,23 @@ _CONTRIB = {("com.microsoft", "MultiHeadAttention")}
 """Operators without an ONNX schema whose float inputs and outputs may all be fp16."""
 
 
-class Params(BaseModel):
-    """The pass has no parameters."""
+class Half(NamedTuple):
+    """A type of half the size of float32: its name in onnx_ir, and how float32 weights become it (weights, name)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    of: Callable[[np.ndarray, str], np.ndarray]
+
+    @property
+    def word(self) -> str:
+        """As values and schemas are named after it: "float16"."""
+        return self.name.lower()
 
 
-def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
-    """Write the fp16 form of `inputs["onnx"]/model.onnx` to `out/model.onnx` (+ model.onnx.data).
+def prepare(model: ir.Model) -> None:
+    """Bring `model` into the form that `cast` takes: no functions, every constant an initializer, every type known.
 
-    Raises StageError naming the tensor when a weight does not fit fp16 (largest value 65504).
+    Raises StageError for control flow.
     """
-    import onnx
-    import onnx_ir as ir
-
-    job.say("casting to fp16", None)
-    model = ir.load(inputs["onnx"] / "model.onnx")
-    _map_weights(model, inputs["onnx"])
-    cast_to_half(model)
-    job.say("writing model.onnx", None)
-    ir.save(model, out / "model.onnx", external_data="model.onnx.data")
-    onnx.checker.check_model(out / "model.onnx")
-
-
-def cast_to_half(model: ir.Model) -> None:
-    """Retype `model` in place; weights become lazy tensors that are cast when they are written."""
     from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, ShapeInferencePass
 
     InlinePass()(model)
@@ -77,11 +68,21 @@ def cast_to_half(model: ir.Model) -> None:
         # NNCF does not say of what type the values are that it puts in.
         ShapeInferencePass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    graph = model.graph
-    nodes = list(graph)
+    nodes = list(model.graph)
     if any(attribute.type.name in ("GRAPH", "GRAPHS") for node in nodes for attribute in node.attributes.values()):
-        raise StageError("the ONNX graph has control flow (If, Loop or Scan), which cast_fp16 does not take")
-    halves = _Halves(model, nodes)
+        raise StageError("the ONNX graph has control flow (If, Loop or Scan), which casting does not take")
+
+
+def cast(model: ir.Model, half: Half, keep: Mapping[str, str]) -> None:
+    """Retype the prepared `model` in place; weights become lazy tensors that are cast when they are written.
+
+    keep: names of nodes that stay float32, and why: written to their metadata, for whoever judges an engine.
+    """
+    nodes = list(model.graph)
+    for node in nodes:
+        if str(node.name) in keep:
+            node.metadata_props[KEPT] = keep[str(node.name)]
+    halves = _Halves(model, nodes, half, keep)
     for node in nodes:
         halves.retype(node)
     halves.restore_outputs()
@@ -89,11 +90,12 @@ def cast_to_half(model: ir.Model) -> None:
 
 
 class _Halves:
-    """Which values of one graph are float32 now (`floats`), which of them become fp16, and the casts between."""
+    """Which values of one graph are float32 now (`floats`), which of them become `half`, and the casts between."""
 
-    def __init__(self, model: ir.Model, nodes: list[ir.Node]) -> None:
+    def __init__(self, model: ir.Model, nodes: list[ir.Node], half: Half, keep: Mapping[str, str]) -> None:
         import onnx_ir as ir
 
+        self._type, self._as_half, self._word = ir.DataType[half.name], half.of, half.word
         self._graph = model.graph
         self._opsets = model.opset_imports
         self._floats: set[ir.Value] = set()
@@ -103,31 +105,31 @@ class _Halves:
             *(output for node in nodes for output in node.outputs),
         ):
             if value.dtype is None and value.uses():
-                raise StageError(f"the ONNX graph does not say of what type {value.name} is, which cast_fp16 must know")
+                raise StageError(f"the ONNX graph does not say of what type {value.name} is, which casting must know")
             if value.dtype == ir.DataType.FLOAT:
                 self._floats.add(value)
-        self._kept = _behind_periodic(nodes, self._floats)
+        self._kept = _behind_periodic(nodes, self._floats) | {node for node in nodes if str(node.name) in keep}
         self._half: set[ir.Value] = set()
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def retype(self, node: ir.Node) -> None:
-        """Give `node` the inputs its schema allows in fp16 as fp16, and mark its outputs."""
+        """Give `node` the inputs its schema allows in half as half, and mark its outputs."""
         import onnx_ir as ir
 
         takes, gives = self._allowed(node)
         for index, value in enumerate(node.inputs):
             if value is None or value not in self._floats:
                 continue
-            wanted = ir.DataType.FLOAT16 if takes[index] else ir.DataType.FLOAT
+            wanted = self._type if takes[index] else ir.DataType.FLOAT
             node.replace_input_with(index, self._as(value, wanted, node, index))
         for index, value in enumerate(node.outputs):
             if value in self._floats and gives[index]:
                 self._half.add(value)
-                value.dtype = ir.DataType.FLOAT16
-                _retype_attributes(node)
+                value.dtype = self._type
+                _retype_attributes(node, self._type)
 
     def restore_outputs(self) -> None:
-        """Cast fp16 graph outputs back to float32 under their own names."""
+        """Cast half graph outputs back to float32 under their own names."""
         import onnx_ir as ir
 
         for index, value in enumerate(self._graph.outputs):
@@ -135,21 +137,27 @@ class _Halves:
                 continue
             name, producer = value.name, value.producer()
             assert producer is not None
-            value.name = f"{name}_float16"
+            value.name = f"{name}_{self._word}"
             cast = _cast_node(value, ir.DataType.FLOAT, producer, f"{producer.name}/out_to_float32")
             cast.outputs[0].name = name
             self._graph.append(cast)
             self._graph.outputs[index] = cast.outputs[0]
 
     def cast_weights(self) -> None:
-        """Replace the tensor of every initializer that became fp16 by one that casts when it is read."""
-        import onnx_ir as ir
-
+        """Replace the tensor of every initializer that became half by one that casts when it is read."""
         for value in self._graph.initializers.values():
             if value in self._half:
                 assert value.const_value is not None
-                value.const_value = _lazily_cast(value.const_value, str(value.name))
-                value.dtype = ir.DataType.FLOAT16
+                value.const_value = self._lazily_cast(value.const_value, str(value.name))
+                value.dtype = self._type
+
+    def _lazily_cast(self, tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+        import onnx_ir as ir
+
+        return ir.LazyTensor(
+            lambda: ir.Tensor(self._as_half(tensor.numpy(), name), dtype=self._type, name=name),
+            dtype=self._type, shape=ir.Shape(tensor.shape.numpy()), name=name, cache=False,
+        )  # fmt: skip
 
     def _as(self, value: ir.Value, wanted: ir.DataType, node: ir.Node, index: int) -> ir.Value:
         """`value` in the type `wanted`: itself, a weight retyped or copied, or a cast placed before `node`."""
@@ -157,11 +165,11 @@ class _Halves:
 
         if value.is_initializer() and (value, wanted) not in self._casts:
             self._casts[value, wanted] = self._weight(value, wanted)
-        have = ir.DataType.FLOAT16 if value in self._half else ir.DataType.FLOAT
+        have = self._type if value in self._half else ir.DataType.FLOAT
         if have == wanted and not value.is_initializer():
             return value
         if (value, wanted) not in self._casts:
-            kind = "float16" if wanted == ir.DataType.FLOAT16 else "float32"
+            kind = self._word if wanted == self._type else "float32"
             cast = _cast_node(value, wanted, node, f"{node.name}/in{index}_to_{kind}")
             cast.outputs[0].name = f"{value.name}_{kind}"
             self._graph.insert_before(node, cast)
@@ -169,14 +177,14 @@ class _Halves:
         return self._casts[value, wanted]
 
     def _weight(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
-        """The weight in fp16 under its own name; in float32 as itself, or as a copy beside its half."""
+        """The weight in half under its own name; in float32 as itself, or as a copy beside its half."""
         import onnx_ir as ir
 
-        if wanted == ir.DataType.FLOAT16:
+        if wanted == self._type:
             if (value, ir.DataType.FLOAT) not in self._casts:
                 self._half.add(value)
                 return value
-            name = f"{value.name}_float16"
+            name = f"{value.name}_{self._word}"
         elif value not in self._half:
             return value
         else:
@@ -184,14 +192,15 @@ class _Halves:
         kind = ir.TensorType(ir.DataType.FLOAT)
         copy = ir.Value(name=name, type=kind, shape=value.shape, const_value=value.const_value)
         self._graph.register_initializer(copy)
-        if wanted == ir.DataType.FLOAT16:
+        if wanted == self._type:
             self._half.add(copy)
         return copy
 
     def _allowed(self, node: ir.Node) -> tuple[list[bool], list[bool]]:
-        """Per input and per output of `node`: may it be fp16?"""
+        """Per input and per output of `node`: may it be half?"""
         import onnx
 
+        word = f"tensor({self._word})"
         inputs, outputs = len(node.inputs), len(node.outputs)
         if node in self._kept or node.op_type in _TYPED_BY_ATTRIBUTE:
             return [False] * inputs, [False] * outputs
@@ -203,7 +212,7 @@ class _Halves:
         # The last formal parameter of a variadic operator stands for all that follow.
         takes = [schema.inputs[min(i, len(schema.inputs) - 1)] for i in range(inputs)]
         gives = [schema.outputs[min(i, len(schema.outputs) - 1)] for i in range(outputs)]
-        return ["tensor(float16)" in p.types for p in takes], ["tensor(float16)" in p.types for p in gives]
+        return [word in p.types for p in takes], [word in p.types for p in gives]
 
 
 def _behind_periodic(nodes: list[ir.Node], floats: set[ir.Value]) -> set[ir.Node]:
@@ -229,28 +238,19 @@ def _cast_node(value: ir.Value, to: ir.DataType, beside: ir.Node, name: str) -> 
     return cast
 
 
-def _retype_attributes(node: ir.Node) -> None:
-    """Where an attribute says the output's type (Cast's `to`, ConstantOfShape's `value`), make it fp16."""
+def _retype_attributes(node: ir.Node, to: ir.DataType) -> None:
+    """Where an attribute says the output's type (Cast's `to`, ConstantOfShape's `value`), make it `to`."""
     import onnx_ir as ir
 
     if node.op_type == "Cast":
-        node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT16))
+        node.attributes["to"] = ir.AttrInt64("to", int(to))
     elif node.op_type == "ConstantOfShape":
         value = node.attributes.get("value")
         fill = 0.0 if value is None else float(value.as_tensor().numpy().item())
-        node.attributes["value"] = ir.AttrTensor("value", ir.tensor([fill], dtype=ir.DataType.FLOAT16))
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor([fill], dtype=to))
 
 
-def _lazily_cast(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
-    import onnx_ir as ir
-
-    return ir.LazyTensor(
-        lambda: ir.Tensor(half_of(tensor.numpy(), name), name=name),
-        dtype=ir.DataType.FLOAT16, shape=ir.Shape(tensor.shape.numpy()), name=name, cache=False,
-    )  # fmt: skip
-
-
-def _map_weights(model: ir.Model, folder: Path) -> None:
+def map_weights(model: ir.Model, folder: Path) -> None:
     """Let every external weight be mapped anew each time it is read.
 
     onnx_ir keeps what it has mapped until the model goes, and (1.1) refuses files with more than
@@ -284,16 +284,32 @@ def half_of(weights: np.ndarray, name: str) -> np.ndarray:
 
     for chunk in _chunks(weights):
         # Infinities are meant (masks); nan compares false and is caught by the second test.
-        unfit = (np.abs(chunk) > _MAX) & (np.abs(chunk) < _MASK) | np.isnan(chunk)
+        unfit = (np.abs(chunk) > LIMIT) & (np.abs(chunk) < MASK) | np.isnan(chunk)
         if unfit.any():
             raise StageError(
-                f"{name} holds {chunk[unfit][0]:g}, which does not fit fp16 (largest value {_MAX:g})",
+                f"{name} holds {chunk[unfit][0]:g}, which does not fit fp16 (largest value {LIMIT:g})",
                 "set `precision: bf16` or `fp32` for this component",
             )
-    half = np.where(np.isinf(weights), weights, np.clip(weights, -_MAX, _MAX)).astype(np.float16)
+    half = np.where(np.isinf(weights), weights, np.clip(weights, -LIMIT, LIMIT)).astype(np.float16)
     if weights.size == 1 and weights.item() != 0 and half.item() == 0:
         half[...] = np.copysign(_SMALLEST, weights)
     return half
+
+
+def brain_of(weights: np.ndarray, name: str) -> np.ndarray:
+    """float32 -> bfloat16, rounding to nearest. Raises StageError where a value is NaN.
+
+    The range is float32's but for its last step: what would round to infinity becomes the largest bfloat16, as
+    a mask of infinities makes a softmax of nothing but them NaN.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    for chunk in _chunks(weights):
+        if np.isnan(chunk).any():
+            raise StageError(f"{name} holds nan", "check the source's weights with diffusers")
+    largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    return np.where(np.isinf(weights), weights, np.clip(weights, -largest, largest)).astype(ml_dtypes.bfloat16)
 
 
 def _chunks(weights: np.ndarray) -> Iterator[np.ndarray]:
@@ -303,13 +319,5 @@ def _chunks(weights: np.ndarray) -> Iterator[np.ndarray]:
         yield flat[start : start + size]
 
 
-PASS = Pass(
-    name="cast_fp16",
-    stage="quantize",
-    kind="onnx",
-    revision=REVISION,
-    memory=(0.2, 0.5),
-    params=Params,
-    run=run,
-    packages=("onnx", "onnxscript"),
-)
+FP16 = Half("FLOAT16", half_of)
+BF16 = Half("BFLOAT16", brain_of)

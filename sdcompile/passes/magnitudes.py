@@ -1,0 +1,91 @@
+"""The largest magnitude that each value of an ONNX graph reaches on recorded feeds.
+
+The graph is run in fp32 with the largest magnitude of every asked value as a further output: a CPU computes
+fp16 graphs in fp32, so that an overflow would not show in theirs. It knows ONNX Runtime as a calculator only.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompile.errors import HostError
+from sdcompile.files import link
+from sdcompile.passes.casting import MASK
+from sdcompile.samples import Samples
+from sdcompile.spec import Say
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime as ort
+
+_HINT = "pip install 'sdcompile[onnxruntime]'"
+
+
+def largest(
+    folder: Path, values: Sequence[str], samples: Samples, names: Sequence[str], scratch: Path, say: Say
+) -> dict[str, float]:
+    """Value -> its largest magnitude over the samples `names`, as the fp32 graph `folder`/model.onnx computes it.
+
+    Whatever stands for infinity in a mask (from 1e30 on) does not count. NaN counts as infinite. Raises HostError
+    where ONNX Runtime is missing.
+    """
+    import math
+
+    import onnx
+
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    found = dict.fromkeys(values, 0.0)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="magnitudes-") as probed:
+        session = _session(_probe(graph, values, folder, Path(probed)))
+        outputs = [f"largest_{index}" for index in range(len(values))]
+        for number, name in enumerate(names):
+            say(f"ranges, sample {number + 1} of {len(names)}", number / len(names))
+            answers = session.run(outputs, dict(samples[name].feeds))
+            for value, answer in zip(values, map(float, answers), strict=True):
+                if math.isnan(answer):
+                    found[value] = math.inf
+                elif answer < MASK:
+                    found[value] = max(found[value], answer)
+    return found
+
+
+def spread(samples: Samples) -> list[str]:
+    """Names of samples: one call for every timestep region of every shape."""
+    first: dict[tuple[Any, Any], str] = {}
+    for name, told in samples.rows.items():
+        first.setdefault((told["shape"], told["region"]), name)
+    return list(first.values())
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise HostError(f"ranges of values are measured with ONNX Runtime, which is missing: {error}", _HINT) from error
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+
+def _probe(graph: onnx.ModelProto, values: Sequence[str], folder: Path, scratch: Path) -> Path:
+    """The graph with the largest magnitudes of `values` as further outputs; its weights are linked."""
+    from onnx import TensorProto, helper, save
+
+    for path in folder.glob("model.onnx.*"):
+        link(path, scratch / path.name)
+    for index, value in enumerate(values):
+        graph.graph.node.append(helper.make_node("Abs", [value], [f"magnitude_{index}"], name=f"magnitude_{index}"))
+        graph.graph.node.append(
+            helper.make_node(
+                "ReduceMax", [f"magnitude_{index}"], [f"largest_{index}"], name=f"largest_{index}", keepdims=0
+            )
+        )
+        graph.graph.output.append(helper.make_tensor_value_info(f"largest_{index}", TensorProto.FLOAT, []))
+    save(graph, scratch / "model.onnx")
+    return scratch / "model.onnx"
