@@ -80,7 +80,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job, half: Half) -> None:
 def named(nodes: list[ir.Node], patterns: tuple[str, ...]) -> dict[str, str]:
     """Name of each node that one of `patterns` names -> why it is kept.
 
-    A pattern is an operator ("Softmax"), a node's name if it holds a "/" ("vae_decoder.conv_out/Conv_0", "*"
+    A pattern is an operator ("Softmax"), a node's name if it holds a "/" ("decoder.conv_out/Conv_0", "*"
     matching anything), or the path of a module, as in `quantize: {ignore: ...}`. Raises StageError when one
     matches nothing.
     """

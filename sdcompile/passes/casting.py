@@ -233,7 +233,7 @@ def _cast_node(value: ir.Value, to: ir.DataType, beside: ir.Node, name: str) -> 
     import onnx_ir as ir
 
     cast = ir.node("Cast", [value], attributes={"to": int(to)}, name=name)
-    cast.metadata_props.update(beside.metadata_props)
+    cast.metadata_props.update({key: text for key, text in beside.metadata_props.items() if key != KEPT})
     cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(to), value.shape
     return cast
 

@@ -77,7 +77,7 @@ class CastRecipe(Part):
 
     keep_fp32: tuple[String, ...] | None = Field(
         default=None,
-        description="Operators (`Softmax`), nodes (`vae_decoder.conv_out/*`) or modules (`up_blocks.3.**.norm1`) to "
+        description="Operators (`Softmax`), nodes (`decoder.conv_out/*`) or modules (`up_blocks.3.**.norm1`) to "
         "keep in float32. A pattern that matches nothing is an error.",
     )
     from_samples: bool | None = Field(

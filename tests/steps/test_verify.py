@@ -290,3 +290,83 @@ def test_the_cost_of_pruning_is_told_from_faults_of_compiling(verified):
     fault = reports.fault(report, out)
     assert "does not agree with its fp32 reference: SNR 6.0 dB (floor 20)" in fault.message
     assert "computes what it was made of (200.0 dB): this is what pruning cost" in fault.hint
+
+
+# NaN and pictures of one colour ------------------------------------------------------------------
+
+
+def wide(feeds: Mapping[str, np.ndarray]) -> bool:
+    """Is it the shape nobody recorded?"""
+    return feeds["sample"].shape == (4, 4, 16, 16)
+
+
+@pytest.fixture
+def unrecorded(verified, recorded):
+    """`verified`, with nothing recorded at the max shape."""
+    index = json.loads((recorded / "samples.json").read_text())
+    index["samples"] = [row for row in index["samples"] if row["shape"] != "max"]
+    (recorded / "samples.json").write_text(json.dumps(index))
+    return verified
+
+
+def test_shapes_that_were_recorded_are_not_swept_again(verified):
+    found, _ = verified(truth)
+    assert found["passed"]
+    assert found["sweep"] == {"shapes": [], "calls": 0, "faults": []}
+
+
+def test_a_sound_engine_passes_the_sweep_of_a_shape_nobody_recorded(unrecorded):
+    found, _ = unrecorded(truth)
+    assert found["passed"]
+    assert found["sweep"] == {"shapes": ["max"], "calls": 2, "faults": []}
+    assert reports.broken(found) == ""
+    assert "max shape, finite and not all one value" in reports.reports({"unet": found})[1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "words"),
+    [
+        (lambda y: np.where(y > 0.9, np.nan, y), "nan", "NaN or infinite values"),
+        (lambda y: np.zeros_like(y), "flat", "all one value, as a black picture is"),
+        # One image of a batch that is black is black.
+        (lambda y: np.concatenate([y[:1] * 0, y[1:]]), "flat", "all one value"),
+    ],
+)
+def test_a_shape_at_which_the_engine_breaks_is_found_though_nobody_recorded_it(wrong, kind, words, unrecorded):
+    found, out = unrecorded(lambda feeds: {"out_sample": wrong(y) if wide(feeds) else y for y in truth(feeds).values()})
+    assert not found["passed"]
+    assert all(row["passed"] for row in found["samples"])
+    assert {fault["kind"] for fault in found["sweep"]["faults"]} == {kind}
+    assert found["sweep"]["faults"][0]["dims"] == {"sample": [4, 4, 16, 16], "timestep": [4]}
+    assert words in reports.broken(found)
+    error = reports.fault(found, out)
+    assert f"not so at its max shape: {found['sweep']['faults'][0]['what']}" in error.message
+    assert "sample 4x4x16x16" in error.message
+    for part in ("on_nan: fallback", "cast: {from_samples: true}"):
+        assert part in error.hint
+    assert words in reports.reports({"unet": found})[1]
+
+
+def test_an_engine_that_fails_at_a_legal_shape_fails_but_is_no_nan(unrecorded):
+    def raising(feeds: Mapping[str, np.ndarray]) -> Arrays:
+        if wide(feeds):
+            raise RuntimeError("out of memory")
+        return truth(feeds)
+
+    found, _ = unrecorded(raising)
+    assert not found["passed"]
+    assert reports.broken(found) == ""
+    assert "the engine failed: RuntimeError: out of memory" in reports.fault(found).message
+
+
+def test_a_recorded_call_that_comes_out_black_is_said_to_be(verified):
+    found, _ = verified(lambda feeds: {"out_sample": np.full_like(feeds["sample"], 0.25)}, metrics.PRUNED)
+    assert not found["passed"], "0 dB would let it pass"
+    assert "all one value" in reports.broken(found)
+    assert "all one value" in reports.fault(found).message
+
+
+def test_an_inexact_engine_is_not_broken(verified):
+    found, _ = verified(lambda feeds: {"out_sample": truth(feeds)["out_sample"] * 1.5})
+    assert not found["passed"]
+    assert reports.broken(found) == ""
