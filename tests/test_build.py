@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -597,3 +598,68 @@ def test_a_target_that_misses_its_floor_stops_the_build_and_is_named(fat):
     options = [option for change in changes for option in ("--set", change)]
     events = place.events("verify", place.recipe, *options, expect=5)
     assert events[-1]["message"].startswith("target gpu: the ONNX (run by onnxruntime, not the engine) of vae_decoder")
+
+
+# What fp16 cannot hold --------------------------------------------------------------------------
+
+LARGE = """
+version: 1
+name: large
+family: sd
+source: ./large
+backend: onnxruntime
+precision: fp32
+shapes: {batch: 1, height: 64, width: 64}
+samplers: [ddim]
+sampler_steps: [1, 2]
+defaults: {num_inference_steps: 2, guidance_scale: 3.0}
+calibrate: {images: 4, num_inference_steps: 1, prompts: [a red circle]}
+verify: {num_inference_steps: 2, prompts: [a blue square]}
+components: {vae_decoder: {backend: tensorrt_rtx, precision: fp16}}
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Place:
+    """The tiny model with the values inside its VAE decoder 3000 times as large: norms make the same pictures of them.
+
+    Everything that is added to the stream between the blocks grows; all that reads it is normalised first.
+    """
+    pytest.importorskip("tensorrt_rtx", reason="needs pip install 'sdcompile[tensorrt-rtx]'")
+    from safetensors.numpy import load_file, save_file
+
+    from sdcompile.models import tiny
+
+    folder = tmp_path_factory.mktemp("large")
+    shutil.copytree(tiny.path(), folder / "large", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    path = folder / "large" / "vae" / "diffusion_pytorch_model.safetensors"
+    grows = (
+        r"decoder\.(conv_in|.*\.conv2|.*\.to_out\.0)\.(weight|bias)"
+        r"|decoder\..*(conv_shortcut|upsamplers\.\d+\.conv)\.bias"
+    )
+    weights = load_file(path)
+    save_file({k: v * np.float32(3000 if re.fullmatch(grows, k) else 1) for k, v in weights.items()}, path)
+    return Place(folder, LARGE)
+
+
+def test_a_vae_beyond_fp16_stops_the_build_or_is_built_in_fp32_when_asked(large):
+    refused = large.build("verify.on_fail=fallback", "verify.on_nan=stop", expect=5)[-1]
+    assert "vae_decoder" in refused["message"]
+    assert "where the largest fp16 is 65504" in refused["message"]
+    assert "cast: {from_samples: true}" in refused["hint"]
+    saved = large.build("verify.on_nan=fallback")
+    (warning,) = (event["text"] for event in saved if event["event"] == "warning" and "fp32" in event["text"])
+    assert warning.startswith("vae_decoder: asked for fp16, built in fp32 because verification failed: the value of")
+    entry = json.loads((large.bundle() / "manifest.json").read_text())["components"]["vae_decoder"]
+    assert entry["precision"] == "fp32"
+    assert "built in fp32 because verification failed" in entry["notes"][0]
+
+
+def test_a_vae_beyond_fp16_is_fp16_but_for_the_nodes_that_overflow(large):
+    large.build("components.vae_decoder.cast={from_samples: true}")
+    entry = json.loads((large.bundle() / "manifest.json").read_text())["components"]["vae_decoder"]
+    (effect,) = entry["effects"]
+    assert entry["precision"] == "fp16"
+    assert entry["verification"]["ranges"]["beyond"] == []
+    assert 0 < effect["kept_count"] < effect["operators"] / 2
+    assert "in float32: decoder." in large.run("inspect", large.bundle()).stdout.replace("\n", " ")

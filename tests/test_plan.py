@@ -278,3 +278,52 @@ def test_a_decoder_that_does_not_fit_the_model_is_refused_at_its_field(plan, sou
         plan(LIGHT, "shapes.width=500", of=with_decoder(source, latent_channels=16))
     assert f"--set {LIGHT}: components.vae_decoder.source: it has 16 latent channels" in caught.value.message
     assert "shapes.width" in caught.value.message
+
+
+# Casting ------------------------------------------------------------------------------------------
+
+
+def test_bf16_of_nvidia_engines_is_put_into_the_onnx_by_a_pass_at_opset_22(plan):
+    made = plan(*RTX, "precision=bf16")
+    assert made["unet.compile.tensorrt_rtx"].inputs["onnx"] == "unet.quantize.cast_bf16"
+    assert made["unet.export.onnx"].job.params["opset"] == 22
+    assert plan(*RTX)["unet.export.onnx"].job.params["opset"] == 20
+    with pytest.raises(RecipeError, match=r"opset: bf16 of unet needs opset 22 or later.* this is 20"):
+        plan(*RTX, "precision=bf16", "opset=20")
+
+
+def test_what_a_component_keeps_in_float32_reaches_its_cast_alone(plan):
+    made = plan(*RTX, "components.vae_decoder.cast={keep_fp32: [Softmax, up_blocks.3]}")
+    assert made["vae_decoder.quantize.cast_fp16"].job.params["keep_fp32"] == ["Softmax", "up_blocks.3"]
+    assert made["unet.quantize.cast_fp16"].job.params["keep_fp32"] == []
+    assert not [step for step in made if step.op == "calibrate"]
+    assert made["unet.quantize.cast_fp16"].key == plan(*RTX)["unet.quantize.cast_fp16"].key
+
+
+def test_only_a_cast_that_measures_wants_samples(plan):
+    made = plan(*RTX, "components.vae_decoder.cast={from_samples: true}")
+    assert made["vae_decoder.quantize.cast_fp16"].inputs["samples"] == "pipeline.calibrate.calibrate"
+    assert "samples" not in made["unet.quantize.cast_fp16"].inputs
+    assert made["pipeline.calibrate.calibrate"].job.params["record"] == ["vae_decoder"]
+
+
+def test_the_float_rest_of_an_int8_component_is_cast_as_told(plan):
+    made = plan(*RTX, "components.unet={precision: int8, cast: {keep_fp32: [Softmax]}}")
+    assert made["unet.quantize.cast_fp16"].job.params["keep_fp32"] == ["Softmax"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "fault"),
+    [
+        (
+            ("precision=fp32",),
+            "cast: fp32 is not cast, so that this speaks to nothing; backends that cast: onnxruntime",
+        ),
+        (("backend=openvino",), "cast: openvino makes fp16 by itself, so that this speaks to nothing"),
+        (("precision=bf16",), "cast.from_samples: bf16 has the range of fp32, so that nothing overflows in it"),
+    ],
+)
+def test_a_cast_that_speaks_to_nothing_is_refused(plan, sets, fault):
+    with pytest.raises(RecipeError) as refused:
+        plan(*RTX, *sets, "components.vae_decoder.cast={from_samples: true}")
+    assert f"components.vae_decoder.{fault}" in refused.value.message

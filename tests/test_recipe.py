@@ -188,6 +188,16 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
         ("components: {unet: {build: {x: 1}}}", "components.unet.build.x: unknown field 'x' (known: threads)"),
         ("verify: {on_fial: stop}", "verify.on_fial: unknown field 'on_fial', did you mean 'on_fail'?"),
         ("verify: {on_fail: ignore}", "verify.on_fail: 'ignore' is not one of stop, fallback"),
+        ("verify: {on_nan: continue}", "verify.on_nan: 'continue' is not one of stop, fallback"),
+        (
+            "components: {unet: {cast: {keep_fp16: [Softmax]}}}",
+            "components.unet.cast.keep_fp16: unknown field 'keep_fp16', did you mean 'keep_fp32'?",
+        ),
+        ("components: {unet: {cast: {keep_fp32: Softmax}}}", "components.unet.cast.keep_fp32: expected a list"),
+        (
+            "components: {unet: {cast: {headroom: 4}}}",
+            "components.unet.cast: headroom says how samples are judged, and from_samples is not set",
+        ),
         ("verify: {unett: {min_snr_db: 3}}", "verify.unett: unknown field 'unett', did you mean 'unet'?"),
         ("verify: {unet: {min_snr: 3}}", "verify.unet.min_snr: unknown field 'min_snr', did you mean 'min_snr_db'?"),
         ("verify: {unet: {min_cosine: 2}}", "verify.unet.min_cosine: 2 is out of range: it must be at most 1"),

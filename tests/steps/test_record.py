@@ -277,6 +277,8 @@ def test_images_of_a_perturbed_denoiser_are_refused_and_the_worst_pair_is_kept(i
 def test_images_that_hold_nan_are_a_finding_not_a_crash(inputs, recorded, tmp_path):
     from safetensors.numpy import load_file, save_file
 
+    from sdcompile.steps import report as reports
+
     job = recording_job(inputs)
     engines = reference_engines(inputs, job, tmp_path / "engines")
     (path,) = (engines["unet"] / "checkpoint").glob("*.safetensors")
@@ -287,6 +289,8 @@ def test_images_that_hold_nan_are_a_finding_not_a_crash(inputs, recorded, tmp_pa
     assert not report["passed"]
     assert "NaN" in report["worst"]["error"]
     assert report["kept"] == []
+    assert report["blame"] == "unet", "the first component whose output was not finite"
+    assert "unet gives NaN" in reports.broken(report)
 
 
 @pytest.fixture
