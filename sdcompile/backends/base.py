@@ -69,6 +69,10 @@ def _takes_all(precision: Precision, options: BaseModel) -> list[str]:
     return []
 
 
+def _as_exported(options: BaseModel) -> Mapping[str, Any]:
+    return {}
+
+
 def _fits_all(folder: Path) -> str:
     return ""
 
@@ -80,7 +84,7 @@ class Backend:
     takes      the form `build` reads: "checkpoint" or "onnx"
     realises   precision -> names of the passes that put it in the graph; () = the build does it
     options    pydantic model of the recipe's `build:` mapping for this backend
-    export     options this backend asks of the ONNX exporter (e.g. {"attention": "mha"})
+    export     options -> what this backend asks of the ONNX exporter (e.g. {"attention": "mha"})
     quantize   params this backend asks of the quantization pass, unless the recipe sets them
     rests      precisions that what int8 leaves unquantized may have, the usual one first; what a recipe chose
                (`quantize: {rest: ...}`) is job.params["rest"] of an int8 build
@@ -105,7 +109,7 @@ class Backend:
     open: Callable[[Path, Host], Engine]
     packages: tuple[str, ...] = ()
     revision: int = 1
-    export: Mapping[str, Any] = field(default_factory=dict)
+    export: Callable[[BaseModel], Mapping[str, Any]] = _as_exported
     quantize: Mapping[str, Any] = field(default_factory=dict)
     rests: tuple[Precision, ...] = ("fp32",)
     host_bound: bool = False

@@ -1,8 +1,8 @@
-"""The ONNX Runtime backend: the exported graph, run on the CPU or by the CUDA provider.
+"""The ONNX Runtime backend: the exported graph, run on the CPU or by the CUDA or TensorRT provider.
 
 ONNX Runtime optimises the graph when it opens it, so the engine is the ONNX itself and `build`
-proves that it opens. It never falls back to another provider than the one asked for. It knows
-no model and no store.
+proves that it opens; the TensorRT provider's engines are built then, and kept beside it. It never falls
+back to another provider than the one asked for. It knows no model and no store.
 """
 
 from __future__ import annotations
@@ -10,43 +10,76 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from sdcompile.backends.base import Backend, Card, Host, Probe, card_from_job, read_card, write_card
 from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError, StageError
 from sdcompile.files import link
 from sdcompile.machine import version
-from sdcompile.spec import Job
+from sdcompile.spec import Job, Precision
 
 if TYPE_CHECKING:
     import numpy as np
     import onnxruntime as ort
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider",
+}  # fmt: skip
+_NEEDS = {
+    "cuda": "check `nvidia-smi`, and that CUDA 13 and cuDNN 9 are installed; or build with provider: cpu",
+    "tensorrt": "check `nvidia-smi`, and that CUDA, cuDNN 9 and the TensorRT that this ONNX Runtime was made for are "
+    "installed (pip install 'sdcompile[tensorrt]'); or build with provider: cuda",
+}
+ENGINES = "engines"
+"""Where an engine folder keeps what TensorRT's provider built (*.engine) and timed."""
 _INT8_KERNELS = frozenset({
     "QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
     "ConvInteger", "QAttention",
 })  # fmt: skip
+_TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 _HINT = "pip install 'sdcompile[onnxruntime]'  (or 'sdcompile[onnxruntime-gpu]' for CUDA; never both)"
 
 
 class Options(BaseModel):
     """`build:` of a recipe whose backend is onnxruntime.
 
-    provider            "auto" is the CPU; CUDA is used only where it is asked for
+    provider            "auto" is the CPU; CUDA and TensorRT are used only where they are asked for
     graph_optimization  how far ONNX Runtime rewrites the graph when it opens it
     threads             worker threads; the host's wish at run time comes first
+    builder_optimization_level, workspace_mib, hardware_compatibility, timing_cache
+                        of provider tensorrt alone: what they are for backend tensorrt
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    provider: Literal["auto", "cpu", "cuda"] = "auto"
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
     graph_optimization: Literal["all", "extended", "basic", "disable"] = "all"
     threads: int | None = Field(default=None, ge=1)
+    builder_optimization_level: int | None = Field(default=None, ge=0, le=5)
+    workspace_mib: int | None = Field(default=None, ge=1)
+    hardware_compatibility: Literal["none", "ampere_plus"] | None = None
+    timing_cache: bool | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Options:
+        given = [name for name in _TENSORRT_ALONE if getattr(self, name) is not None]
+        if given and self.provider != "tensorrt":
+            text = f"{given[0]} is for provider tensorrt, and provider is {self.provider}"
+            raise PydanticCustomError("sdcompile", "{text}", {"text": text})
+        return self
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.provider == "auto" else self.provider
+
+
+_TENSORRT_ALONE = ("builder_optimization_level", "workspace_mib", "hardware_compatibility", "timing_cache")
 
 
 def probe() -> Probe:
@@ -58,7 +91,26 @@ def probe() -> Probe:
         notes.append("onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall one")
     if gpu:
         notes.append("CUDA is compiled in; whether it loads here shows only when an engine is opened")
-    return Probe(available=True, version=gpu or cpu, devices=("cpu", "cuda") if gpu else ("cpu",), notes=tuple(notes))
+    devices = ["cpu"] if not gpu else ["cpu", "cuda"]
+    if gpu and any(map(version, _TENSORRT)):
+        devices.append("tensorrt")
+    return Probe(available=True, version=gpu or cpu, devices=tuple(devices), notes=tuple(notes))
+
+
+def refuses(precision: Precision, options: BaseModel) -> list[str]:
+    """What TensorRT's provider cannot build."""
+    assert isinstance(options, Options)
+    if options.provider == "tensorrt" and precision == "int8":
+        return [
+            "int8 with provider tensorrt is not built: TensorRT takes symmetric int8 only; backend tensorrt makes that"
+        ]
+    return []
+
+
+def export(options: BaseModel) -> Mapping[str, Any]:
+    """The fused attention of ONNX Runtime's own providers; TensorRT knows no such operator and fuses its parts."""
+    assert isinstance(options, Options)
+    return {} if options.provider == "tensorrt" else {"attention": "mha"}
 
 
 def build(src: Path, out: Path, job: Job) -> None:
@@ -74,8 +126,19 @@ def build(src: Path, out: Path, job: Job) -> None:
         job.say("opening the engine, to see what runs in int8", None)
         measured["int8_operators"] = _int8_operators(out / "model.onnx", job)
     write_card(out, card_from_job(BACKEND.name, job, measured))
-    job.say("opening the engine once", None)
+    options = Options.model_validate(dict(job.params.get("options") or {}))
+    if options.device != "tensorrt":
+        job.say("opening the engine once", None)
+        open_engine(out, Host()).close()
+        return
+    (out / ENGINES).mkdir()
+    job.say("building engines with TensorRT", None)
     open_engine(out, Host()).close()
+    if not list((out / ENGINES).glob("*.engine")):
+        raise StageError(
+            f"{job.component}: TensorRT's provider was loaded, but it took no part of the graph",
+            "build it with backend tensorrt, which says what it does not take, or with provider: cuda",
+        )
 
 
 def _int8_operators(path: Path, job: Job) -> int:
@@ -86,10 +149,9 @@ def _int8_operators(path: Path, job: Job) -> int:
     import onnx
 
     options = Options.model_validate(dict(job.params.get("options") or {}))
-    device = "cpu" if options.provider == "auto" else options.provider
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="optimized-") as scratch:
         optimized = Path(scratch) / "optimized.onnx"
-        _session(path, device, options, Host(), optimized)
+        _session(path, options, Host(), optimized=optimized)
         kinds = [node.op_type for node in onnx.load(optimized, load_external_data=False).graph.node]
     found = sum(kind in _INT8_KERNELS for kind in kinds)
     if not found and "QuantizeLinear" in kinds:
@@ -104,28 +166,68 @@ def open_engine(folder: Path, host: Host) -> OnnxRuntimeEngine:
     """The session on `folder/model.onnx`. Raises HostError and StageError as `build` does."""
     card = read_card(folder, BACKEND.name)
     options = Options.model_validate(dict(card.options))
-    device = "cpu" if options.provider == "auto" else options.provider
-    session = _session(folder / "model.onnx", device, options, host)
-    return OnnxRuntimeEngine(card, session, device)
+    session = _session(folder / "model.onnx", options, host, card=card)
+    return OnnxRuntimeEngine(card, session, options.device)
+
+
+def tensorrt_options(options: Options, card: Card, engines: Path) -> dict[str, str]:
+    """What TensorRT's provider is told: one profile, where engines are kept.
+
+    No precision flag (trt_fp16_enable, ...): without one the provider builds strongly typed (microsoft/onnxruntime
+    #18707), so that the graph's own types hold, and nodes kept in float32 are computed so.
+    """
+    bounds = card.spec.profile(card.shapes)
+    told = {
+        f"trt_profile_{which}_shapes": ",".join(
+            f"{name}:{'x'.join(map(str, sides[index]))}" for name, sides in bounds.items()
+        )
+        for index, which in enumerate(("min", "opt", "max"))
+    }
+    told |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(engines)}
+    if options.timing_cache is not False:
+        told |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(engines)}
+    if options.builder_optimization_level is not None:
+        told["trt_builder_optimization_level"] = str(options.builder_optimization_level)
+    if options.workspace_mib is not None:
+        told["trt_max_workspace_size"] = str(options.workspace_mib << 20)
+    if options.hardware_compatibility == "ampere_plus":
+        told["trt_engine_hw_compatible"] = "1"
+    return told
+
+
+def _load_tensorrt() -> None:
+    """Load TensorRT's libraries into the process, where the provider looks for them. Raises HostError without them."""
+    try:
+        import_module("tensorrt")
+    except ImportError as error:
+        raise HostError(
+            f"provider tensorrt cannot run here: TensorRT is not installed ({error})",
+            "pip install 'sdcompile[tensorrt]' in the version this ONNX Runtime was made for, or provider: cuda",
+        ) from error
 
 
 def fits_here(folder: Path) -> str:
     """Nothing to choose from; raises HostError where the provider the engine in `folder` asks for cannot be here."""
     card = read_card(folder, BACKEND.name)
-    if card.options.get("provider", "auto") == "cuda":
-        if "cuda" not in probe().devices:
-            raise HostError(
-                f"{card.component} (onnxruntime) was built for CUDA; the onnxruntime installed here has no CUDA", _HINT
-            )
-        if reason := driver.look().reason:
-            raise HostError(f"{card.component} (onnxruntime) was built for CUDA and cannot run here: {reason}")
+    device = Options.model_validate(dict(card.options)).device
+    if device == "cpu":
+        return ""
+    if device not in probe().devices:
+        raise HostError(
+            f"{card.component} (onnxruntime) was built for provider {device}, which is not installed here",
+            _NEEDS[device],
+        )
+    if reason := driver.look().reason:
+        raise HostError(f"{card.component} (onnxruntime) was built for provider {device} and cannot run here: {reason}")
     return ""
 
 
 def _session(
-    path: Path, device: str, options: Options, host: Host, optimized: Path | None = None
+    path: Path, options: Options, host: Host, *, card: Card | None = None, optimized: Path | None = None
 ) -> ort.InferenceSession:
-    """`optimized`: where to write the graph as ONNX Runtime rewrote it."""
+    """`card`, of the engine that is opened, tells TensorRT its shapes; `optimized`: where to write the graph as ONNX
+    Runtime rewrote it."""
+    device = options.device
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -154,10 +256,15 @@ def _session(
     # Spinning workers burn whole cores between calls (7x the CPU time of a text encoder call, measured).
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[Any] = [wanted]
-    if device == "cuda":
+    if device != "cpu":
         # TF32 would make "fp32" mean 10 bits of mantissa.
-        providers = [(wanted, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), _PROVIDERS["cpu"]]
+        cuda = (_PROVIDERS["cuda"], {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})
+        providers = [cuda, _PROVIDERS["cpu"]]
         ort.preload_dlls()
+    if device == "tensorrt":
+        assert card is not None
+        _load_tensorrt()
+        providers.insert(0, (wanted, tensorrt_options(options, card, path.parent / ENGINES)))
     try:
         session = ort.InferenceSession(path, settings, providers=providers)
     except Exception as error:
@@ -168,13 +275,13 @@ def _session(
     if session.get_providers()[0] != wanted:
         raise HostError(
             f"{wanted} was asked for, but ONNX Runtime could not load it and fell back to {session.get_providers()[0]}",
-            "check `nvidia-smi`, and that CUDA 13 and cuDNN 9 are installed; or build with provider: cpu",
+            _NEEDS.get(device, ""),
         )
     return session
 
 
 class OnnxRuntimeEngine:
-    """An ONNX Runtime session. The CUDA path binds its outputs to host memory; it was never run on a GPU here."""
+    """An ONNX Runtime session. On a GPU its inputs and outputs are bound to host memory (never run on one yet)."""
 
     def __init__(self, card: Card, session: ort.InferenceSession, device: str) -> None:
         self.inputs, self.outputs = card.spec.inputs, card.spec.outputs
@@ -193,7 +300,7 @@ class OnnxRuntimeEngine:
         assert self._session is not None, "the engine is closed"
         names = [t.name for t in self.outputs]
         arrays = {t.name: feeds[t.name] for t in self.inputs}
-        if self._device == "cuda":
+        if self._device != "cpu":
             return dict(zip(names, self._bound(names, arrays), strict=True))
         return dict(zip(names, self._session.run(names, arrays), strict=True))
 
@@ -231,5 +338,6 @@ BACKEND = Backend(
     build=build,
     open=open_engine,
     fits=fits_here,
-    export={"attention": "mha"},
+    export=export,
+    refuses=refuses,
 )

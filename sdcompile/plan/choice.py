@@ -62,6 +62,11 @@ class Choice(NamedTuple):
         return any(p.calibrates for p in self.passes)
 
     @property
+    def export(self) -> Mapping[str, Any]:
+        """What its backend, with its options, asks of the ONNX exporter."""
+        return self.backend.export(self.backend.options.model_validate(self.params["options"]))
+
+    @property
     def opset(self) -> int:
         """The oldest ONNX opset that every pass can write."""
         return max((p.record.opset for p in self.passes), default=0)

@@ -192,7 +192,7 @@ def _component(
         return Road(forms, passes, engine(forms, choice))
     export = {
         "family": family, **choice.module_params, "opset": opset,
-        "attention": choice.backend.export.get("attention", "sdpa"), "multiples": facts["multiples"],
+        "attention": choice.export.get("attention", "sdpa"), "multiples": facts["multiples"],
     }  # fmt: skip
     # fp32 weights stay mapped while they are traced and written: one copy, and the tracer's own needs.
     forms["onnx"] = draft.add(

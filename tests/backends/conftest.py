@@ -67,7 +67,7 @@ class Forms:
         record = BACKENDS[backend]
         if record.takes == "checkpoint":
             return self.checkpoint
-        attention = record.export.get("attention", "sdpa")
+        attention = record.export(record.options()).get("attention", "sdpa")
         return self.export(attention, "+".join(record.realises[precision]))  # type: ignore[index]
 
     def build(self, backend: str, out: Path, precision: str = "fp32", **options: Any) -> Path:

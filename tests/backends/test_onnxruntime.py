@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from sdcompile.backends import Host, onnxruntime
 from sdcompile.backends.base import read_card
@@ -99,3 +103,90 @@ def test_an_engine_of_another_backend_is_refused(forms, tmp_path):
     (folder / "engine.json").write_text(json.dumps({**card, "backend": "openvino"}))
     with pytest.raises(StageError, match="backend openvino, not of onnxruntime"):
         onnxruntime.open_engine(folder, Host())
+
+
+# Providers that are only played: no GPU was at hand -----------------------------------------------
+
+GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """A machine whose ONNX Runtime has every provider. Gives what sessions were asked for; `played.loads` says what
+    loads, `played.takes` whether TensorRT takes part of the graph."""
+    real, asked = ort.InferenceSession, SimpleNamespace(providers=[], loads=GPU, takes=True)
+
+    class Session:
+        def __init__(self, path, settings, providers):
+            asked.providers.append(providers)
+            self._real = real(path, settings, providers=["CPUExecutionProvider"])
+            told = dict(p for p in providers if not isinstance(p, str))
+            if asked.takes and (cache := told.get(GPU[0], {}).get("trt_engine_cache_path")):
+                (Path(cache) / "TensorrtExecutionProvider_graph_0_0_sm89.engine").write_bytes(b"engine")
+
+        def get_providers(self):
+            return asked.loads
+
+        def __getattr__(self, name):
+            return getattr(self._real, name)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: GPU)
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())
+    return asked
+
+
+def test_tensorrt_is_asked_for_first_with_one_profile_and_its_engines_stay_beside_the_onnx(forms, tmp_path, played):
+    made = {"builder_optimization_level": 4, "workspace_mib": 512, "hardware_compatibility": "ampere_plus"}
+    folder = forms("vae_decoder").build("onnxruntime", tmp_path, "fp16", provider="tensorrt", **made)
+    (first, told), (second, cuda), third = played.providers[-1]
+    assert [first, second, third] == GPU
+    assert cuda["use_tf32"] == "0"
+    assert told == {
+        "trt_profile_min_shapes": "latent_sample:1x4x8x8", "trt_profile_opt_shapes": "latent_sample:1x4x16x16",
+        "trt_profile_max_shapes": "latent_sample:2x4x24x24", "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder / "engines"), "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder / "engines"), "trt_builder_optimization_level": "4",
+        "trt_max_workspace_size": str(512 << 20), "trt_engine_hw_compatible": "1",
+    }, "and no precision flag, which would let TensorRT choose types of its own"  # fmt: skip
+    assert [path.suffix for path in (folder / "engines").iterdir()] == [".engine"]
+    engine = onnxruntime.open_engine(folder, Host())
+    assert (engine.facts["provider"], engine.facts["precision"]) == (GPU[0], "fp16")
+
+
+@pytest.mark.parametrize("loads", [GPU[1:], GPU[2:]])
+def test_tensorrt_that_falls_back_in_silence_is_a_host_error_that_says_what_it_needs(loads, forms, tmp_path, played):
+    played.loads = loads
+    with pytest.raises(HostError, match=f"TensorrtExecutionProvider was asked for, .* fell back to {loads[0]}") as told:
+        forms("vae_decoder").build("onnxruntime", tmp_path, provider="tensorrt")
+    for part in ("nvidia-smi", "TensorRT", "provider: cuda"):
+        assert part in told.value.hint
+
+
+def test_tensorrt_that_takes_no_part_of_the_graph_is_refused(forms, tmp_path, played):
+    played.takes = False
+    with pytest.raises(StageError, match="took no part of the graph"):
+        forms("vae_decoder").build("onnxruntime", tmp_path, provider="tensorrt")
+
+
+def test_missing_tensorrt_libraries_are_named(forms, tmp_path, played, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(HostError, match="TensorRT is not installed") as told:
+        forms("vae_decoder").build("onnxruntime", tmp_path, provider="tensorrt")
+    assert "pip install 'sdcompile[tensorrt]'" in told.value.hint
+
+
+def test_the_timing_cache_can_be_turned_off_and_tensorrts_options_are_for_tensorrt(forms, tmp_path, played):
+    forms("vae_decoder").build("onnxruntime", tmp_path, provider="tensorrt", timing_cache=False)
+    assert not [name for name in played.providers[-1][0][1] if "timing" in name]
+    with pytest.raises(ValidationError, match="workspace_mib is for provider tensorrt, and provider is cuda"):
+        onnxruntime.Options(provider="cuda", workspace_mib=512)
+
+
+def test_tensorrts_graph_has_no_operator_of_onnx_runtimes_own_and_int8_is_refused():
+    assert onnxruntime.export(onnxruntime.Options(provider="tensorrt")) == {}
+    assert onnxruntime.export(onnxruntime.Options(provider="cuda")) == {"attention": "mha"}
+    assert "symmetric" in onnxruntime.refuses("int8", onnxruntime.Options(provider="tensorrt"))[0]
+    assert onnxruntime.refuses("int8", onnxruntime.Options(provider="cuda")) == []
+    assert onnxruntime.refuses("fp16", onnxruntime.Options(provider="tensorrt")) == []
