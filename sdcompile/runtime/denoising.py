@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
+_JOINED = 2
+"""How many are kept: of guided calls and of unguided ones."""
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """A `sampler.Denoise`. The conditioning has one row per image.
@@ -33,6 +37,7 @@ class Denoiser:
     rows        how many rows the engine takes at once
     timesteps, scales   of each call; a scale above 1 guides, unless `takes_scale`
     negative    None when no call is guided
+    joined      conditioning already put together, of the last calls
     takes_scale the model takes the guidance scale as an input and is not guided a second time, as in diffusers
     shallow     the engine that stands in where deep features of an earlier call serve; None: never
     """
@@ -49,6 +54,7 @@ class Denoiser:
     clock: Clock
     shallow: Engine | None = None
     features: DeepFeatures | None = None
+    joined: dict[tuple[bool, bytes], dict[str, Floats]] = field(default_factory=dict)
 
     def __call__(
         self, model_input: Floats, index: int, images: NDArray[np.intp], places: NDArray[np.intp] | None = None
@@ -57,10 +63,8 @@ class Denoiser:
         began = time.perf_counter()
         scale = self.scales[index]
         twice = self.negative is not None and scale > 1
-        # As in diffusers: all negative prompts, and then all prompts.
-        sides = ([self.negative] if twice and self.negative is not None else []) + [self.positive]
-        sample = np.concatenate([model_input] * len(sides)) if twice else model_input
-        conditioning = {name: np.concatenate([side[name][images] for side in sides]) for name in self.positive}
+        sample = np.concatenate([model_input] * 2) if twice else model_input
+        conditioning = self._conditioning(twice, images)
         feeds = {
             "sample": sample,
             "timestep": np.full(len(sample), self.timesteps[index], np.float32),
@@ -68,7 +72,7 @@ class Denoiser:
             **self.family.guidance_feeds(self.facts, scale, len(sample)),
         }
         numbers = (images if places is None else places).tolist()
-        output, reused = self._answer(index, feeds, [(side, n) for side in ("-", "+")[-len(sides) :] for n in numbers])
+        output, reused = self._answer(index, feeds, [(side, n) for side in ("-", "+")[not twice :] for n in numbers])
         if twice:
             without, along = np.split(output, 2)
             output = guided(without, along, scale, self.rescale)
@@ -88,3 +92,17 @@ class Denoiser:
         self.features.keep(rows, made.pop(DEEP))
         (output,) = made.values()
         return output, False
+
+    def _conditioning(self, twice: bool, images: NDArray[np.intp]) -> dict[str, Floats]:
+        """The rows of these images, put together once: read-only, so that an engine may leave them on its device."""
+        key = (twice, images.tobytes())
+        if key not in self.joined:
+            # As in diffusers: all negative prompts, and then all prompts.
+            sides = ([self.negative] if twice and self.negative is not None else []) + [self.positive]
+            rows = {name: np.concatenate([side[name][images] for side in sides]) for name in self.positive}
+            for array in rows.values():
+                array.setflags(write=False)
+            while len(self.joined) >= _JOINED:
+                self.joined.pop(next(iter(self.joined)))
+            self.joined[key] = rows
+        return self.joined[key]

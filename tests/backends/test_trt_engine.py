@@ -235,6 +235,46 @@ def test_a_shape_is_captured_after_its_first_call_and_replayed_from_then_on(fold
     assert gpu.calls.count("cuStreamBeginCapture") == 1, "another shape is another graph"
 
 
+def frozen(array):
+    array.setflags(write=False)
+    return array
+
+
+def test_a_constant_is_copied_once_and_whatever_may_have_changed_is_copied_again(folder, gpu):
+    running = opened(folder)
+
+    def copies(feed):
+        before = gpu.calls.count("cuMemcpyHtoDAsync")
+        np.testing.assert_array_equal(running({"x": feed})["y"], 2 * feed)
+        return gpu.calls.count("cuMemcpyHtoDAsync") - before
+
+    constant, changing = frozen(rows(2) + 0), rows(2)
+    assert [copies(constant), copies(constant), copies(constant)] == [1, 0, 0]
+    assert copies(frozen(rows(2, 5) + 0)) == 1, "another array"
+    assert copies(constant) == 1, "which took its place"
+    assert copies(changing) == 1
+    changing[1, 2] = 99
+    assert copies(changing) == 1, "changed in place"
+    view = frozen(changing[:])
+    assert copies(view) == 1
+    changing[0, 0] = 7
+    assert copies(view) == 1, "read-only, but what it is a view of is not"
+    assert [copies(frozen(rows(1) + 0)), copies(constant)] == [1, 1]
+
+
+def test_a_copy_that_failed_is_made_again(folder, gpu):
+    running = opened(folder)
+    first, second = frozen(rows(2) + 0), frozen(rows(2, 5) + 0)
+    running({"x": first})
+    for broken in ("cuMemcpyHtoDAsync", "cuStreamSynchronize"):
+        gpu.fail = broken
+        with pytest.raises(StageError, match=f"{broken} failed"):
+            running({"x": second})
+        gpu.fail = ""
+    np.testing.assert_array_equal(running({"x": second})["y"], 2 * second)
+    np.testing.assert_array_equal(running({"x": first})["y"], 2 * first)
+
+
 def test_graphs_can_be_turned_off(folder, gpu):
     write_card(folder, replace(CARD, params={"options": {"cuda_graphs": False}}))
     running = opened(folder)

@@ -83,7 +83,8 @@ class TrtEngine:
     """One plan, one stream, buffers for the largest shapes; every shape becomes a CUDA graph after its first call.
 
     Feeds go through pinned memory; copies and kernels are ordered by the stream, and a call waits
-    for it once, at its end.
+    for it once, at its end. A read-only array that is fed again (a prompt's embeddings, at every step) is still
+    on the device and is not copied again.
     """
 
     def __init__(
@@ -112,6 +113,8 @@ class TrtEngine:
             size = _size(tensor.shape(card.shapes, "max"), tensor.dtype)
             self._host[tensor.name], self._device[tensor.name] = gpu.pinned(size), gpu.allocate(size)
             self._must(self._context.set_tensor_address(tensor.name, self._device[tensor.name]), "bind", tensor.name)
+        # Input -> the array the device has, if that cannot change.
+        self._fed: dict[str, np.ndarray] = {}
         self._graphs: OrderedDict[Key, Any] = OrderedDict()
         self._use_graphs = bool(card.options.get("cuda_graphs", True))
         self.facts: Mapping[str, Any] = {
@@ -130,8 +133,8 @@ class TrtEngine:
         arrays = {t.name: feeds[t.name] for t in self.inputs}
         key = tuple(array.shape for array in arrays.values())
         self._check(key)
-        sizes = {name: self._stage(name, array) for name, array in arrays.items()}
-        for name, size in sizes.items():
+        sent = {name: size for name, array in arrays.items() if (size := self._stage(name, array))}
+        for name, size in sent.items():
             self._gpu.copy_in(self._device[name], self._host[name], size)
         self._run(key)
         shapes = {t.name: tuple(self._context.get_tensor_shape(t.name)) for t in self.outputs}
@@ -139,6 +142,7 @@ class TrtEngine:
             size = _size(shapes[tensor.name], tensor.dtype)
             self._gpu.copy_out(self._host[tensor.name], self._device[tensor.name], size)
         self._gpu.wait()
+        self._fed |= {name: arrays[name] for name in sent if _is_constant(arrays[name])}
         return {t.name: self._taken(t.name, shapes[t.name], t.dtype) for t in self.outputs}
 
     def close(self) -> None:
@@ -180,8 +184,16 @@ class TrtEngine:
         self._must(self._context.execute_async_v3(self._gpu.stream), "run", "")
 
     def _stage(self, name: str, array: np.ndarray) -> int:
+        """Put `array` into pinned memory; how many bytes the device lacks: none when it was fed this array before.
+
+        An array is known to be unchanged only if nobody can write to it, so only those are recognised. (Comparing
+        bytes instead costs as much as sending them: 23 us for 462 KiB, where staging them takes 5 and the bus some 20.)
+        """
         import numpy as np
 
+        if array is self._fed.get(name):
+            return 0
+        self._fed.pop(name, None)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._host[name][: flat.size] = flat
         return int(flat.size)
@@ -250,6 +262,11 @@ def _log(trt: Any) -> Any:
             return "; ".join(dict.fromkeys(self.errors[-3:])) or "no reason given"
 
     return Log()
+
+
+def _is_constant(array: np.ndarray) -> bool:
+    """Can nobody write to this array? A read-only view of a writable one would not do."""
+    return array.flags.owndata and not array.flags.writeable
 
 
 def _size(shape: tuple[int, ...], dtype: str) -> int:
