@@ -2,7 +2,7 @@ PY := .venv/bin/python
 # Threads that spin while they wait slow every build on a small or shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test check gpu-check docs peers clean
+.PHONY: setup demo test check gpu-check gpu-check-full docs peers clean
 
 setup: .venv/.ready
 
@@ -27,6 +27,12 @@ check: setup
 # What the owner of an NVIDIA GPU runs, and sends artifacts/gpu-report.json of. Add '.[tensorrt]' where it is wanted.
 gpu-check: setup
 	.venv/bin/sdcompile doctor --selftest artifacts/gpu-report.json
+
+# The same with SD 1.5 at full size (random weights: speed and numerics do not depend on them), beside torch on the
+# GPU, for which torch must be a CUDA build. Some hours on a small machine; what is finished is kept.
+gpu-check-full: setup
+	test -d artifacts/sd15 || $(PY) scripts/make_full_size.py sd15 artifacts/sd15
+	.venv/bin/sdcompile doctor --selftest artifacts/gpu-report.json --full --source artifacts/sd15
 
 docs: setup
 	$(PY) scripts/write_docs.py

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sdcompile.cli.words import STORE, BundlePath, Json, Offline, Only, RecipePath, Sets, StorePath, app, reported
-from sdcompile.errors import HostError
+from sdcompile.errors import HostError, RecipeError
 
 
 @app.command(short_help="Every step: hit or miss, and why.", rich_help_panel="Understand")
@@ -66,19 +66,37 @@ def doctor(
             metavar="FILE",
         ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="With --selftest: also the full-size model --source, timed beside torch on the GPU."
+        ),
+    ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option("--source", help="With --full: a diffusers folder or hf://org/name of SD 1.5.", metavar="SOURCE"),
+    ] = None,
     json: Json = False,
 ) -> None:
     """List backends, devices, memory and disk, and how to get what is missing.
 
-    Examples: `sdcompile doctor`, `sdcompile doctor --selftest artifacts/gpu-report.json`
+    Examples: `sdcompile doctor`, `sdcompile doctor --selftest artifacts/gpu-report.json`,
+    `sdcompile doctor --selftest artifacts/gpu-report.json --full --source artifacts/sd15`
     """
     from sdcompile import console, status
+
+    if (full or source) and not (full and source and selftest):
+        raise RecipeError(
+            "--full, --source and --selftest FILE belong together",
+            "weights of any value do: python scripts/make_full_size.py sd15 artifacts/sd15, then "
+            "--selftest FILE --full --source artifacts/sd15 (or, in a checkout: make gpu-check-full)",
+        )
 
     if selftest is not None:
         from sdcompile import selftest as selftests
         from sdcompile.store import Store
 
-        report = selftests.selftest(Store(store), selftest, console.observer(json_mode=json))
+        report = selftests.selftest(Store(store), selftest, console.observer(json_mode=json), source)
         console.show_selftest(selftest, report, json_mode=json)
         return
     console.show_doctor(status.doctor(store), json_mode=json)

@@ -367,7 +367,8 @@ def commands(facts: Facts) -> Iterator[Any]:
 def selftest(facts: Facts) -> Iterator[Any]:
     table = grid("backend", "version", "", "denoiser call", "")
     styles = {"passed": "green", "built": "yellow", "absent": "dim", "failed": "bold red"}
-    for name, row in facts["backends"].items():
+    full = {f"{name}, full size": row for name, row in (facts.get("full") or {}).get("backends", {}).items()}
+    for name, row in {**facts["backends"], **full}.items():
         timings = row.get("timings")
         table.add_row(
             Text(name),
@@ -377,7 +378,24 @@ def selftest(facts: Facts) -> Iterator[Any]:
             Text(row.get("error") or row.get("not_run") or ""),
         )
     yield table
+    if facts.get("full"):
+        yield from _contenders(facts["full"]["bench"])
     yield f"report: {facts['path']}"
+
+
+def _contenders(bench: Facts) -> Iterator[Any]:
+    """Seconds an image of the full-size bundles and of torch, and who could not take part."""
+    table = _table("full size", "seconds an image", "times the first", right=("seconds an image",))
+    for row in bench.get("contenders", ()):
+        ratio = row["ratio"]["image_s"]
+        table.add_row(
+            Text(f"{row['name']}: {row['what']}"),
+            f"{row['figures']['image_s']['median']:.3g}",
+            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        )
+    yield table
+    for name, why in bench["absent"].items():
+        yield Text(f"{name}: {why}", style="dim")
 
 
 def freed(facts: Facts) -> Iterator[Any]:

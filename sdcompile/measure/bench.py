@@ -46,6 +46,7 @@ class Settings:
     batches    batch sizes whose throughput is measured besides one image at a time
     memory     how bundles are opened (see `runtime.load`)
     step_caches  values of step_cache with each of which every bundle is measured; () = its own default
+    alone      never hold two contenders at once, as where they share a GPU's memory
     """
 
     processes: int = 3
@@ -56,6 +57,7 @@ class Settings:
     prompt: str | None = None
     memory: str = "auto"
     step_caches: tuple[str, ...] = ()
+    alone: bool = False
 
 
 def step_caches(text: str) -> tuple[str, ...]:
@@ -118,7 +120,7 @@ def bench(
         prompts = [settings.prompt] if settings.prompt else _prompts(bundles[0], settings)
         records = {contender.name: _Record() for contender in contenders}
         _export_all(contenders, records, say)
-        together = _fits(contenders)
+        together = not settings.alone and _fits(contenders)
         turns = _Turns(records, prompts, settings, Path(scratch), meter, say)
         for process in range(settings.processes):
             for group in [contenders] if together else [[one] for one in contenders]:

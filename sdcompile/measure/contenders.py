@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompile import bundle, machine
+from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError, RecipeError
 from sdcompile.families import FAMILIES
 from sdcompile.measure.peers import PEERS
@@ -202,6 +203,10 @@ def python_of(peer: str) -> str:
         missing = [package for package in row.packages if machine.version(package) is None]
         if missing:
             raise HostError(f"{peer} needs {', '.join(missing)}, not installed", "pip install 'sdcompile[compile]'")
+        torch = machine.version("torch") or ""
+        if row.gpu and (torch.endswith("+cpu") or (reason := driver.look().reason)):
+            why = f"torch here is {torch}, which has no CUDA" if torch.endswith("+cpu") else reason
+            raise HostError(f"{peer} cannot run here: {why}", "on a machine with an NVIDIA GPU: pip install torch")
         return sys.executable
     python = folder / "bin" / "python"
     if not python.is_file():

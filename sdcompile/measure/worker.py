@@ -50,8 +50,8 @@ def _diffusers(job: Job) -> tuple[Draw, str]:
 
     torch.set_num_threads(job["threads"])
     name = job["kind"]
-    half = name.endswith("bf16")
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name.rpartition("-")[2], torch.float32)
+    half = dtype != torch.float32
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
         job["source"], dtype=dtype, safety_checker=None, local_files_only=True
     )
@@ -63,6 +63,8 @@ def _diffusers(job: Job) -> tuple[Draw, str]:
         pipe.to(dtype)
         for module in (pipe.unet, pipe.vae):
             module.to(memory_format=torch.channels_last)
+    if "-cuda-" in name:
+        pipe.to("cuda")
     if name.startswith("torch-compile"):
         pipe.unet = torch.compile(pipe.unet)
         pipe.vae.decode = torch.compile(pipe.vae.decode)
@@ -79,10 +81,16 @@ def _diffusers_draw(pipe: Any, job: Job, dtype: Any) -> Draw:
     pipe.set_progress_bar_config(disable=True)
 
     def draw(prompt: str, latents: np.ndarray, callback: Callable[..., Any]) -> Made:
+        def ended(*told: Any) -> Any:
+            if pipe.device.type == "cuda":
+                # Kernels are only queued: without this a step would seem to end when it begins.
+                torch.cuda.synchronize()
+            return callback(*told)
+
         with torch.no_grad():
             images = pipe(
                 prompt, **job["call"], num_images_per_prompt=len(latents), latents=torch.from_numpy(latents).to(dtype),
-                output_type="np", callback_on_step_end=callback,
+                output_type="np", callback_on_step_end=ended,
             ).images  # fmt: skip
         return np.asarray(images, dtype=np.float32), {}
 
@@ -144,7 +152,9 @@ LOADERS: dict[str, Callable[[Job], tuple[Draw, str]]] = {
     "bundle": _bundle,
     "diffusers-fp32": _diffusers,
     "diffusers-bf16": _diffusers,
+    "diffusers-cuda-fp16": _diffusers,
     "torch-compile": _diffusers,
+    "torch-compile-cuda-fp16": _diffusers,
     "torch-compile-bf16": _diffusers,
     "optimum-intel": _optimum_intel,
     "optimum-intel-static": _optimum_intel,
