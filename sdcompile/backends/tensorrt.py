@@ -23,7 +23,7 @@ from sdcompile.backends.trt.compiling import Order
 from sdcompile.backends.trt.engine import TrtEngine, fits, open_plan
 from sdcompile.errors import HostError
 from sdcompile.files import link
-from sdcompile.spec import Job
+from sdcompile.spec import Job, Precision
 
 OLDEST, NEWEST = (10, 13), (12, 0)
 """Versions this backend is written for: from the first with a streamed build to before the next major one."""
@@ -31,6 +31,7 @@ OLDEST, NEWEST = (10, 13), (12, 0)
 _DISTRIBUTIONS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 _HINT = "pip install 'sdcompile[tensorrt]'"
 _ELSEWHERE = "build on a machine with the GPU it is for, or with backend tensorrt_rtx, which needs none"
+_NEWER = "build in fp16, with hardware_compatibility: none, or on a newer GPU"
 _COMPATIBILITY = {"none": "NONE", "ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
 
 
@@ -125,6 +126,8 @@ def build(src: Path, out: Path, job: Job) -> None:
         raise HostError(f"backend tensorrt cannot build here: {found.reason}", found.hint)
     assert found.version is not None
     options = Options.model_validate(dict(job.params.get("options") or {}))
+    if why := too_old(found.identity["architecture"], job.precision, options):
+        raise HostError(f"{job.component}: {why}; the GPU here is {found.identity['gpu']}", _NEWER)
     given = order(options, job, src / "model.onnx", found.version, found.identity)
     ampere = options.hardware_compatibility == "ampere_plus"
     target = targets.AMPERE_PLUS if ampere else found.identity["architecture"]
@@ -134,6 +137,16 @@ def build(src: Path, out: Path, job: Job) -> None:
             link(path, out / path.name)
     if options.timing_cache == "bundle" and given.timing_cache is not None:
         shutil.copy2(given.timing_cache, out / "timing.cache")
+
+
+def too_old(architecture: str, precision: Precision, options: Options) -> str:
+    """Why a GPU of `architecture` ("sm75") cannot build this; "" = it can. Ampere (sm80) has what Turing lacks."""
+    if int(architecture.removeprefix("sm")) >= 80:
+        return ""
+    if precision == "bf16":
+        return "bf16 needs a GPU from Ampere on"
+    compatible = options.hardware_compatibility == "ampere_plus"
+    return "hardware_compatibility: ampere_plus needs a GPU from Ampere on to build on" if compatible else ""
 
 
 def _timings(job: Job, version: str, identity: Mapping[str, str]) -> Path | None:

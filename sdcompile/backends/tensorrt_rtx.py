@@ -32,13 +32,20 @@ class Options(BaseModel):
     """`build:` of a recipe whose backend is tensorrt_rtx.
 
     compute_capabilities  one engine each; "portable" runs on every RTX GPU from Ampere on
+    workspace_mib         scratch memory a kernel may take; unset = all there is
+    weight_streaming      weights may stay in host memory where the GPU's is short
     fused_attention       stop the build when an fp16 or int8 engine computes an attention in several kernels
     cuda_graphs           replay each shape as one CUDA graph after its first call
+
+    Refit and stripped plans are not offered: 1.7.1 builds them only where there is a GPU (tried), and its wheels
+    lack what version compatible plans need.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     compute_capabilities: tuple[targets.Target, ...] = Field(default=("portable",), min_length=1)
+    workspace_mib: int | None = Field(default=None, ge=1)
+    weight_streaming: bool = False
     fused_attention: bool = True
     cuda_graphs: bool = True
 
@@ -82,6 +89,8 @@ def build(src: Path, out: Path, job: Job) -> None:
         target: Order(
             module="tensorrt_rtx", version=VERSION, onnx=src / "model.onnx", plan=nowhere, log=nowhere, table=nowhere,
             profile=job.spec.profile(job.shapes), target=None if target == targets.PORTABLE else target.upper(),
+            flags=("WEIGHT_STREAMING",) if options.weight_streaming else (),
+            workspace=None if options.workspace_mib is None else options.workspace_mib << 20,
         )
         for target in dict.fromkeys(options.compute_capabilities)
     }  # fmt: skip

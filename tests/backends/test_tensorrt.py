@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 import sdcompile.backends.tensorrt as backend
+from sdcompile.backends import Probe
 from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError
 from sdcompile.spec import ComponentSpec, Job, Range, TensorSpec
@@ -97,6 +98,27 @@ def test_options_become_flags_and_settings_and_nothing_is_set_unasked():
     assert asked.settings["hardware_compatibility_level"] == "HardwareCompatibilityLevel.AMPERE_PLUS"
     assert asked.workspace == 2 << 20
     assert asked.profile == {"x": ((1, 8, 32), (2, 8, 32), (4, 8, 32))}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision", "options", "why"),
+    [
+        ("sm75", "bf16", {}, "bf16 needs a GPU from Ampere on"),
+        ("sm75", "fp16", {"hardware_compatibility": "ampere_plus"}, "needs a GPU from Ampere on to build on"),
+        ("sm75", "fp16", {}, ""),
+        ("sm75", "fp16", {"hardware_compatibility": "same_compute_capability"}, ""),
+        ("sm80", "bf16", {"hardware_compatibility": "ampere_plus"}, ""),
+        ("sm120", "bf16", {}, ""),
+    ],
+)
+def test_what_turing_lacks_is_said_before_anything_is_built(architecture, precision, options, why, monkeypatch):
+    assert why in backend.too_old(architecture, precision, backend.Options(**options))
+    if why:
+        found = Probe(True, version="11.4", identity={**GPU, "gpu": "RTX 2080", "architecture": architecture})
+        monkeypatch.setattr(backend, "probe", lambda: found)
+        job = replace(JOB, precision=precision, params={"family": "sd", "options": options})
+        with pytest.raises(HostError, match=f"unet: .*{why}; the GPU here is RTX 2080"):
+            backend.build(Path("nowhere"), Path("nowhere"), job)
 
 
 def test_timings_are_kept_outside_the_step_one_file_per_version_and_gpu(tmp_path):
