@@ -37,6 +37,7 @@ class Pass:
     calibrates  params -> does it want an input "samples": what the fp32 reference was fed and answered on
                 the trajectories of `calibrate` (see `sdcompile.samples`)?
     memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB)
+    measuring   the same where it wants samples, if that takes more
     teacher     does it want an input "teacher": the component's checkpoint as it was before any pass?
     section     of a pass of the quantize stage: the mapping in a recipe that its parameters are written in
     opset       the oldest ONNX opset whose operators take what it writes
@@ -52,6 +53,7 @@ class Pass:
     calibrates: Callable[[Any], bool] = never
     teacher: bool = False
     memory: tuple[float, float] = (2.0, 1.0)
+    measuring: tuple[float, float] | None = None
     section: str = "quantize"
     opset: int = 18
 

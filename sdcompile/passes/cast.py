@@ -172,6 +172,8 @@ FP16 = Pass(
     section="cast",
     revision=REVISION,
     memory=(0.2, 0.5),
+    # The graph is run in fp32 besides.
+    measuring=(1.6, 2.0),
     params=Params,
     run=run_fp16,
     packages=_PACKAGES,

@@ -22,6 +22,10 @@ class Planned(NamedTuple):
     def calibrates(self) -> bool:
         return self.record.calibrates(self.record.params.model_validate(self.params))
 
+    @property
+    def memory(self) -> tuple[float, float]:
+        return (self.record.measuring if self.calibrates else None) or self.record.memory
+
 
 class Choice(NamedTuple):
     """`params` are those of the torch module and the engine; `passes` stand in the order in which they run;

@@ -106,8 +106,9 @@ defaults: {{num_inference_steps: 20, guidance_scale: 7.5}}
 # Per component: backend, precision, build options; clip_skip for text_encoder. vae_encoder is built when listed.
 # components: {{vae_decoder: {{precision: fp32}}}}
 
-# How close to the fp32 reference each component must come; on_fail: fallback rebuilds in fp32 instead of stopping.
-# verify: {{unet: {{min_snr_db: 30}}, on_fail: stop}}
+# How close to the fp32 reference each component must come; on_fail: fallback rebuilds in fp32 instead of stopping,
+# on_nan: fallback only where a component overflows or gives NaN or one colour.
+# verify: {{unet: {{min_snr_db: 30}}, on_fail: stop, on_nan: fallback}}
 """
 
 
