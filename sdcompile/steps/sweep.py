@@ -35,6 +35,7 @@ def span(outputs: Arrays) -> float:
 
 
 def sizes(card: Card, feeds: Arrays) -> Sizes:
+    """The shapes of one call's feeds, in the order of the component's inputs."""
     return tuple(tuple(feeds[tensor.name].shape) for tensor in card.spec.inputs)
 
 
@@ -43,7 +44,7 @@ def run(
 ) -> dict[str, Any]:
     """Call `engine` at every shape that is not among `recorded`; `least` is the least `span` of the reference.
 
-    Returns {"shapes": {which: {input: dims}}, "calls", "faults": [{"shape", "sample", "dims", "kind", "what"}]},
+    Returns {"shapes": ["max", ...], "calls", "faults": [{"shape", "sample", "dims": {input: [...]}, "kind", "what"}]},
     kind being "nan", "flat" or "error".
     """
     names = list(samples.rows)
