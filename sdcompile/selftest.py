@@ -183,8 +183,8 @@ def _raced(bundles: list[Path], source: str) -> dict[str, Any]:
     settings = bench.Settings(processes=2, images=5, alone=True)
     while True:
         try:
-            folder = sources.diffusers_folder(bundles[0], source) if peers else None
-            return {**bench.bench(bundles, peers, source=folder, settings=settings), "absent": absent}
+            model = sources.folders(bundles[0], (source,)) if peers else {}
+            return {**bench.bench(bundles, peers, model=model, settings=settings), "absent": absent}
         except SdcompileError as error:
             culprit = next((name for name in peers if str(error).startswith(f"{name} failed")), None)
             absent[culprit or "bundles"] = str(error)

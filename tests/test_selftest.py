@@ -94,7 +94,7 @@ def raced(monkeypatch):
 
     monkeypatch.setattr(bench, "bench", ask)
     monkeypatch.setattr(contenders, "python_of", lambda name: "python")
-    monkeypatch.setattr(sources, "diffusers_folder", lambda bundle, named: Path(named))
+    monkeypatch.setattr(sources, "folders", lambda bundle, named: {"source": Path(named[0])})
     return asked, errors
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from sdcompile.console.pages import Facts, grid
+from sdcompile.console.grid import Facts, grid
 
 
 def page(facts: Facts) -> Iterator[Any]:

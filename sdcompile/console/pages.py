@@ -11,10 +11,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from sdcompile.console.effects import effects
+from sdcompile.console.grid import Facts, grid
 from sdcompile.console.terminal import duration, size
 from sdcompile.errors import SdcompileError
-
-Facts = Mapping[str, Any]
 
 _STATES = {"hit": ("hit", "green"), "make": ("make", "cyan"), "skip": ("-", "dim"), "cannot": ("cannot", "bold red")}
 
@@ -26,13 +26,6 @@ def error(fault: SdcompileError) -> Panel:
         text.append(f"\n\n{fault.hint}", style="cyan")
     title = type(fault).__name__.removesuffix("Error").removesuffix("Sdcompile").lower()
     return Panel(text, title=f"{title} error".strip(), title_align="left", border_style="red", box=box.ROUNDED)
-
-
-def grid(*columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    return table
 
 
 def plan(rows: Sequence[Facts]) -> Table:
@@ -234,47 +227,6 @@ def _own_decoder(report: Facts) -> Iterator[str]:
         )
 
 
-def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
-    """What each pass did to each component, and whether int8 won."""
-    table = grid("component", "pass", "parameters", "size", "SNR early / mid / late", "", right=("parameters", "size"))
-    for name, row in components.items():
-        for effect in row["passes"]:
-            (before, after), (old, new) = effect["parameters"], effect["bytes"]
-            of = f" of {before / 1e6:.2f}" if after != before else ""
-            table.add_row(
-                Text(name), effect["pass"], f"{after / 1e6:.2f} M{of}",
-                f"{size(new)} of {size(old)}", " / ".join(f"{level:.1f}" for level in effect["snr_db"].values()),
-                Text(_quantized(effect) or _kept(effect)),
-            )  # fmt: skip
-    yield table
-    for name, row in components.items():
-        if race := row["race"]:
-            yield (
-                f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} "
-                f"by processor time (accept_if wants {race['wanted']:g})"
-            )
-
-
-def _quantized(effect: Facts) -> str:
-    if "quantized" not in effect:
-        return ""
-    out = effect["left_out"]
-    names = ", ".join(out[:3]) + (f" and {len(out) - 3} more" if len(out) > 3 else "")
-    return f"{effect['quantized']} of {effect['operators']} in int8" + (
-        f"; for the budget in float: {names}" if out else ""
-    )
-
-
-def _kept(effect: Facts) -> str:
-    """Of a cast: how many nodes stay in float32, and why the first ones do."""
-    if not effect.get("kept_count"):
-        return ""
-    rows = effect["kept"][:2]
-    names = "; ".join(f"{row['node']} ({row['why']})" for row in rows)
-    more = effect["kept_count"] - len(rows)
-    return f"{effect['kept_count']} of {effect['operators']} in float32: {names}" + (f"; {more} more" if more else "")
-
-
 def sensitivity(facts: Facts) -> Iterator[Any]:
     """Groups of layers, the most sensitive first, with a bar for the noise int8 in that group alone adds."""
     for name, told in facts["components"].items():
@@ -326,10 +278,10 @@ def measured(facts: Facts) -> Iterator[Any]:
 def layers(facts: Facts) -> Iterator[Any]:
     for component, engines in facts["components"].items():
         for engine, table in engines.items():
-            yield from _layer_table(component, engine, table)
+            yield from _layergrid(component, engine, table)
 
 
-def _layer_table(component: str, engine: str, table: Facts) -> Iterator[Any]:
+def _layergrid(component: str, engine: str, table: Facts) -> Iterator[Any]:
     summary = table["summary"]
     yield Text(f"{component}, {engine}: {summary['layers']} layers", style="bold")
     rows = grid("kind", "computes in", "layer", "kernel")
@@ -385,7 +337,7 @@ def selftest(facts: Facts) -> Iterator[Any]:
 
 def _contenders(bench: Facts) -> Iterator[Any]:
     """Seconds an image of the full-size bundles and of torch, and who could not take part."""
-    table = _table("full size", "seconds an image", "times the first", right=("seconds an image",))
+    table = grid("full size", "seconds an image", "times the first", right=("seconds an image",))
     for row in bench.get("contenders", ()):
         ratio = row["ratio"]["image_s"]
         table.add_row(

@@ -1,0 +1,52 @@
+"""What passes did, as a table. Imports rich."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.text import Text
+
+from sdcompile.console.grid import Facts, grid
+from sdcompile.console.terminal import size
+
+
+def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
+    """What each pass did to each component, and whether int8 won."""
+    table = grid("component", "pass", "parameters", "size", "SNR early / mid / late", "", right=("parameters", "size"))
+    for name, row in components.items():
+        for effect in row["passes"]:
+            (before, after), (old, new) = effect["parameters"], effect["bytes"]
+            of = f" of {before / 1e6:.2f}" if after != before else ""
+            table.add_row(
+                Text(name), effect["pass"], f"{after / 1e6:.2f} M{of}",
+                f"{size(new)} of {size(old)}", " / ".join(f"{level:.1f}" for level in effect["snr_db"].values()),
+                Text(_quantized(effect) or _kept(effect)),
+            )  # fmt: skip
+    yield table
+    for name, row in components.items():
+        if race := row["race"]:
+            yield (
+                f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} "
+                f"by processor time (accept_if wants {race['wanted']:g})"
+            )
+
+
+def _quantized(effect: Facts) -> str:
+    if "quantized" not in effect:
+        return ""
+    out = effect["left_out"]
+    names = ", ".join(out[:3]) + (f" and {len(out) - 3} more" if len(out) > 3 else "")
+    return f"{effect['quantized']} of {effect['operators']} in int8" + (
+        f"; for the budget in float: {names}" if out else ""
+    )
+
+
+def _kept(effect: Facts) -> str:
+    """Of a cast: how many nodes stay in float32, and why the first ones do."""
+    if not effect.get("kept_count"):
+        return ""
+    rows = effect["kept"][:2]
+    names = "; ".join(f"{row['node']} ({row['why']})" for row in rows)
+    more = effect["kept_count"] - len(rows)
+    return f"{effect['kept_count']} of {effect['operators']} in float32: {names}" + (f"; {more} more" if more else "")
