@@ -60,6 +60,17 @@ def save(model: nn.Module, source: Path, out: Path, made: Sequence[edits.Edit]) 
     return why
 
 
+def relabel(source: Path, out: Path, made: Sequence[edits.Edit]) -> str:
+    """The checkpoint in `source` with the edits `made`, all there are, where they leave the weights as they are."""
+    for path in source.glob("*"):
+        if path.name == "config.json" or path.suffix == ".safetensors":
+            link(path, out / path.name)
+    _, why = edits.in_config(json.loads((source / "config.json").read_text(encoding="utf-8")), made)
+    if made:
+        edits.write(out, made)
+    return why
+
+
 def _write_tensors(path: Path, model: nn.Module) -> None:
     """The parameters and buffers of `model` as a safetensors file, in fp32, one at a time."""
     import torch

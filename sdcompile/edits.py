@@ -1,4 +1,4 @@
-"""Structural edits: what was taken out of a torch model, as a list that can be replayed.
+"""Structural edits: what was taken out of a torch model or made simpler in it, as a list that can be replayed.
 
 A pruned checkpoint is the original config.json, the weights that are left, and `edits.json` beside
 them. Replaying the edits on an empty module of that config gives the shapes the weights fit, so
@@ -10,6 +10,12 @@ shaped; applied to a module with weights the same functions slice them.
     {"op": "feed_forward", "module": "mid_block.attentions.0.transformer_blocks.0.ff", "of": 5120, "keep": [...]}
     {"op": "remove_pair", "down": "down_blocks.1", "down_index": 1, "up": "up_blocks.2", "up_index": 1}
     {"op": "remove_mid_block"}
+    {"op": "token_merge", "module": "down_blocks.0.attentions.0.transformer_blocks.0", "ratio": 0.5, "stride": 2,
+     "parts": ["attn1"]}
+    {"op": "kv_pool", "module": "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "pool": 2}
+    {"op": "linear_attention", "module": "down_blocks.0.attentions.0.transformer_blocks.0.attn1"}
+    {"op": "top_k", "module": "down_blocks.0.attentions.0.transformer_blocks.0.attn2", "k": 32}
+    {"op": "sliced_attention", "module": "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "slices": 4}
 
 `of` is the count the edit was made on: replayed on anything else it is refused. Module paths are
 those of the diffusers model. The room knows torch modules by their diffusers attributes (inside
@@ -144,12 +150,47 @@ def _remove_mid_block(model: Any, edit: Edit) -> None:
     model.mid_block = None
 
 
+def _token_merge(model: nn.Module, edit: Edit) -> None:
+    from sdcompile import attention
+
+    attention.merge_tokens(model, edit["module"], edit["ratio"], edit["stride"], edit["parts"])
+
+
+def _kv_pool(model: nn.Module, edit: Edit) -> None:
+    from sdcompile import attention
+
+    attention.attend_with(model, edit["module"], edit["op"], attention.plain, pool=edit["pool"])
+
+
+def _linear_attention(model: nn.Module, edit: Edit) -> None:
+    from sdcompile import attention
+
+    attention.attend_with(model, edit["module"], edit["op"], attention.linear)
+
+
+def _top_k(model: nn.Module, edit: Edit) -> None:
+    from sdcompile import attention
+
+    attention.attend_with(model, edit["module"], edit["op"], attention.top_k(edit["k"]))
+
+
+def _sliced_attention(model: nn.Module, edit: Edit) -> None:
+    from sdcompile import attention
+
+    attention.attend_with(model, edit["module"], edit["op"], attention.sliced(edit["slices"]))
+
+
 OPS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "heads": _heads,
     "channels": _channels,
     "feed_forward": _feed_forward,
     "remove_pair": _remove_pair,
     "remove_mid_block": _remove_mid_block,
+    "token_merge": _token_merge,
+    "kv_pool": _kv_pool,
+    "linear_attention": _linear_attention,
+    "top_k": _top_k,
+    "sliced_attention": _sliced_attention,
 }
 """op -> (model, edit): shape `model` in place."""
 
@@ -236,7 +277,7 @@ def in_config(config: Mapping[str, Any], edits: Sequence[Edit]) -> tuple[dict[st
                 return dict(config), f"{edit['down']} and {edit['up']} do not mirror each other"
             counts[down] -= 1
         else:
-            return dict(config), _WHY[edit["op"]]
+            return dict(config), _WHY.get(edit["op"], f"a config knows no {edit['op']}; edits.json does")
     if min(counts) < 1:
         return dict(config), "a block without layers has no place in layers_per_block"
     if counts != ([layers] * blocks if isinstance(layers, int) else list(layers)):

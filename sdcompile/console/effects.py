@@ -21,7 +21,7 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
             table.add_row(
                 Text(name), effect["pass"], f"{after / 1e6:.2f} M{of}",
                 f"{size(new)} of {size(old)}", " / ".join(f"{level:.1f}" for level in effect["snr_db"].values()),
-                Text(_quantized(effect) or _kept(effect)),
+                Text(_quantized(effect) or _kept(effect) or _work(effect)),
             )  # fmt: skip
     yield table
     for name, row in components.items():
@@ -30,6 +30,11 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
                 f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} "
                 f"by processor time (accept_if wants {race['wanted']:g})"
             )
+
+
+def _work(effect: Facts) -> str:
+    before, after = effect.get("macs") or (0, 0)
+    return f"{after / before:.2f} of the multiply-accumulates" if after != before else ""
 
 
 def _quantized(effect: Facts) -> str:

@@ -9,13 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sdcompile.passes import blocks, cast, channels, heads, nncf_int8, recover
+from sdcompile.passes import (
+    blocks,
+    cast,
+    channels,
+    heads,
+    kv_pool,
+    linear_attention,
+    nncf_int8,
+    recover,
+    sliced_attention,
+    token_merge,
+    top_k,
+)
 from sdcompile.passes.base import Pass
 
 __all__ = ["PASSES", "Pass", "quantization"]
 
+_SMALLER = (blocks.PASS, heads.PASS, channels.PASS)
+_SIMPLER = (token_merge.PASS, kv_pool.PASS, linear_attention.PASS, top_k.PASS, sliced_attention.PASS)
+
 PASSES: dict[str, Pass] = {
-    p.name: p for p in (blocks.PASS, heads.PASS, channels.PASS, recover.PASS, nncf_int8.PASS, cast.FP16, cast.BF16)
+    p.name: p for p in (*_SMALLER, *_SIMPLER, recover.PASS, nncf_int8.PASS, cast.FP16, cast.BF16)
 }
 
 

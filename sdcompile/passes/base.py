@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompile.spec import Job, Kind, Stage
+from sdcompile.spec import Job, Kind, Shapes, Stage
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -20,6 +20,25 @@ def never(params: BaseModel) -> bool:
 
 def always(params: BaseModel) -> bool:
     return True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan knows of the component a pass is asked for.
+
+    config      config.json of its checkpoint
+    multiples   shape letter -> what its value is always divisible by
+    before      parameters of the passes that run before this one, by name
+    """
+
+    config: Mapping[str, Any]
+    shapes: Shapes
+    multiples: Mapping[str, int]
+    before: Mapping[str, Any] = field(default_factory=dict)
+
+
+def nothing(params: Any, setting: Setting) -> list[str]:
+    return []
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,8 @@ class Pass:
                 the trajectories of `calibrate` (see `sdcompile.samples`)?
     memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB)
     measuring   the same where it wants samples, if that takes more
+    refuses     (params, setting) -> what cannot be, each as "field: fault"; a plan asks before anything is made
+    exact       does the module compute the same function after it, so that the floors of its precision hold?
     teacher     does it want an input "teacher": the component's checkpoint as it was before any pass?
     section     of a pass of the quantize stage: the mapping in a recipe that its parameters are written in
     opset       the oldest ONNX opset whose operators take what it writes
@@ -51,6 +72,8 @@ class Pass:
     run: Callable[[Mapping[str, Path], Path, Job], None]
     packages: tuple[str, ...] = ()
     calibrates: Callable[[Any], bool] = never
+    refuses: Callable[[Any, Setting], list[str]] = nothing
+    exact: bool = False
     teacher: bool = False
     memory: tuple[float, float] = (2.0, 1.0)
     measuring: tuple[float, float] | None = None

@@ -94,21 +94,36 @@ def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(arrays))
 
 
-def finish(inputs: Mapping[str, Path], out: Path, job: Job, subject: Subject, new: list[Any], **detail: Any) -> None:
+def finish(
+    inputs: Mapping[str, Path],
+    out: Path,
+    job: Job,
+    subject: Subject,
+    new: list[Any],
+    same_weights: bool = False,
+    **detail: Any,
+) -> None:
     """Save the edited model of `subject` into `out` and write effect.json.
 
-    new      the edits this pass made, after those made before
-    detail   what the pass has to tell besides
+    new            the edits this pass made, after those made before
+    same_weights   the weights are those of the source: they are linked, not written again
+    detail         what the pass has to tell besides
 
-    SNR is that of the saved checkpoint against the fp32 reference's recorded answers on held-out samples.
+    SNR is that of the saved checkpoint against the fp32 reference's recorded answers on held-out samples; there
+    is none for a pass that asked for no samples.
     """
     source = inputs["checkpoint"]
     before = macs(open_subject(source, job), job)
     job.say("writing the weights that are left", None)
-    why = checkpoint.save(subject.model, source, out, [*subject.edits, *new])
+    if same_weights:
+        why = checkpoint.relabel(source, out, [*subject.edits, *new])
+    else:
+        why = checkpoint.save(subject.model, source, out, [*subject.edits, *new])
     saved = open_subject(out, job)
-    job.say("measuring on held-out samples", None)
-    found = by_region(saved.module, Samples(inputs["samples"], job.component, held_out=True), job)
+    found = {}
+    if "samples" in inputs:
+        job.say("measuring on held-out samples", None)
+        found = by_region(saved.module, Samples(inputs["samples"], job.component, held_out=True), job)
     old, left = checkpoint.parameter_bytes(source), checkpoint.parameter_bytes(out)
     write_effect(
         out,

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from sdcompile.backends import BACKENDS, Backend
 from sdcompile.families import Family
 from sdcompile.passes import PASSES, Pass, casts, quantization
+from sdcompile.passes.base import Setting
 from sdcompile.recipe import Recipe
-from sdcompile.spec import Precision
+from sdcompile.spec import Precision, Shapes
 
 
 class Planned(NamedTuple):
@@ -49,7 +50,7 @@ class Choice(NamedTuple):
     @property
     def pruned(self) -> bool:
         """Is it another function than the source's, so that the defaults of a precision do not apply?"""
-        return self.of_pruned or any(p.record.stage == "prune" for p in self.passes)
+        return self.of_pruned or any(p.record.stage == "prune" and not p.record.exact for p in self.passes)
 
     @property
     def unquantized(self) -> Choice:
@@ -155,6 +156,20 @@ def _faults_of_cast(
             f"opset: {precision} of {name} needs opset {found.opset} or later, whose operators take it; this is "
             f"{recipe.opset}"
         )
+    return faults
+
+
+def faults_of_passes(
+    name: str, choice: Choice, config: Mapping[str, Any], shapes: Shapes, multiples: Mapping[str, int]
+) -> list[str]:
+    """What the passes of the prune stage refuse of this component's config and sizes."""
+    faults: list[str] = []
+    before: dict[str, Any] = {}
+    for planned in (p for p in choice.passes if p.record.stage == "prune"):
+        record, params = planned.record, planned.record.params.model_validate(planned.params)
+        found = record.refuses(params, Setting(config, shapes, multiples, dict(before)))
+        faults += [f"components.{name}.prune.{record.name}.{fault}" for fault in found]
+        before[record.name] = params
     return faults
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sdcompile.errors import RecipeError
 from sdcompile.families import FAMILIES, Family
 from sdcompile.plan import memory, stepcaching
-from sdcompile.plan.choice import Choice, choose
+from sdcompile.plan.choice import Choice, choose, faults_of_passes
 from sdcompile.plan.draft import Draft, Road
 from sdcompile.plan.packaging import Way, package
 from sdcompile.plan.sampling import fitting, samplers
@@ -48,6 +48,12 @@ def resolve(
     faults += _faults_of_defaults(recipe, shapes)
     for name in source.parts:
         faults += [f"components.{name}.source: {fault}" for fault in family.replaceable[name](source.configs)]
+    # What is made of the torch modules alone, pruning too, is the same for every target.
+    some = next(iter(chosen.values()))
+    if shapes:
+        for name, choice in some.items():
+            config = source.configs[family.folders[name]]
+            faults += faults_of_passes(name, choice, config, shapes, facts["multiples"])
     _refuse(recipe, faults)
 
     draft = Draft(family, source, machine)
@@ -72,8 +78,6 @@ def resolve(
         disk=4 << 20,
     )  # fmt: skip
 
-    # What is made of the torch modules alone is the same for every target.
-    some = next(iter(chosen.values()))
     tables = fitting(draft, recipe, some, shapes, {**checkpoints, "assets": assets, "tokenizer": tokenizer}, tables)
     shared = {"tokenizer": tokenizer, "tables": tables}
     reference = {**checkpoints, **shared}
