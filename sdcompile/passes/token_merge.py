@@ -38,9 +38,9 @@ class Params(BaseModel):
         "4 up to 0.93.",
     )
     parts: tuple[Literal["attn1", "attn2", "ff"], ...] = Field(
-        default=("attn1",), min_length=1,
+        default=("attn1",),
         description="Layers that run on merged tokens: attention to the picture, to the prompt, the feed-forward.",
-    )  # fmt: skip
+    )
 
     def at(self, there: Sequence[str]) -> dict[str, dict[str, Any]]:
         ratios = levels.valued(self.ratio, DEFAULT, there)
@@ -52,6 +52,8 @@ def refuses(params: Params, setting: Setting) -> list[str]:
     there = levels.levels_of(setting.config)
     ratios = levels.valued(params.ratio, DEFAULT, there)
     faults = levels.unknown("ratio", list(ratios), setting)
+    if not params.parts:
+        faults.append("parts: expected at least one of attn1, attn2, ff")
     most = 1 - 1 / params.stride**2
     for level, ratio in ratios.items():
         if ratio > most:
