@@ -99,7 +99,8 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     faults += [f"components.{name}.build: {fault}" for fault in backend.refuses(precision, options)]
     params = {"family": family.name, "options": options.model_dump(mode="json"), **chosen.params}
     # A shallow stand-in is cut from the denoiser's checkpoint, after the denoiser's pruning.
-    of_pruned = name == family.shallow and bool(recipe.pruning(family.denoiser))
+    before = [PASSES[p] for p in recipe.pruning(family.denoiser) if p in PASSES]
+    of_pruned = name == family.shallow and any(not record.exact for record in before)
     pruning = {} if name == family.shallow else recipe.pruning(name)
     faults += [f"components.{name}.prune.{p}: unknown pass '{p}'" for p in pruning if p not in PASSES]
     if pruning and name != family.denoiser:
