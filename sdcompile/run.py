@@ -274,7 +274,8 @@ def _make(work: Build, step: Step, paths: Mapping[str, Path], observer: Observer
             if out is not None:
                 cache = work.store.root / "caches"
                 inputs = {role: _input(work, step, name, paths) for role, name in step.inputs.items()}
-                work_of = partial(_perform, step.op, inputs, out, replace(step.job, say=say_nothing, cache=cache))
+                job = replace(step.job, say=say_nothing, cache=cache, state=work.store.unfinished(step.key))
+                work_of = partial(_perform, step.op, inputs, out, job)
                 say: Say = partial(observer.step_say, step)
                 if step.memory_bytes > ISOLATE_BYTES:
                     notes["peak_bytes"] = isolated.run(work_of, say, step.name)

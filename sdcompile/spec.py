@@ -130,9 +130,12 @@ def say_nothing(text: str, fraction: float | None = None) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What an op is told besides its input and output folders. Everything but `say` and `cache` is in the step's key.
+    """What an op is told besides its input and output folders. Everything but `say` and the last two is in the step's
+    key.
 
     cache   a folder that outlives the step, for what only makes the next run faster (None = keep nothing)
+    state   this step's own folder, which it makes when it saves what a later run may go on from; it stays when the
+            step is killed and goes when the step is made (None = keep nothing)
     """
 
     component: str
@@ -143,3 +146,4 @@ class Job:
     configs: Mapping[str, Any] = field(default_factory=dict)
     say: Say = say_nothing
     cache: Path | None = None
+    state: Path | None = None

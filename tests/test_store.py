@@ -195,6 +195,39 @@ def test_kill_9_leftovers_are_collected(tmp_path: Path) -> None:
     assert list((tmp_path / "locks").iterdir()) == []
 
 
+def test_what_a_killed_step_saved_stays_until_it_is_made(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    state = store.unfinished(KEY)
+
+    def half(out: Path) -> None:
+        state.mkdir(parents=True)
+        (state / "state").write_bytes(b"x" * 10)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        try_making(store, half)
+    assert leftovers(store) == []
+    assert (state / "state").read_bytes() == b"x" * 10
+    assert store.usage().leftover_bytes == 10
+    make(store)
+    assert not state.exists()
+
+
+def test_gc_drops_what_unfinished_steps_saved_but_for_those_at_work_and_young_ones(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    state = store.unfinished(KEY)
+    state.mkdir(parents=True)
+    (state / "state").write_bytes(b"x" * 10)
+    with store.using([KEY]):
+        assert store.gc().leftovers == 0
+    assert store.gc(older_than_s=60).leftovers == 0
+    os.utime(state / "state", (0, 0))
+    assert store.gc(older_than_s=60, dry_run=True).leftovers == 1
+    freed = store.gc(older_than_s=60)
+    assert (freed.bytes, freed.leftovers) == (10, 1)
+    assert not state.exists()
+
+
 def _race(root: str, log: str, barrier: Any, waited: Any) -> None:
     barrier.wait()
     with Store(root).making(KEY, PARTS, STEP, "r", waiting=lambda: waited.put(1)) as out:

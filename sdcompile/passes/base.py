@@ -59,6 +59,7 @@ class Pass:
     measuring   the same where it wants samples, if that takes more
     refuses     (params, setting) -> what cannot be, each as "field: fault"; a plan asks before anything is made
     exact       does the module compute the same function after it, so that the floors of its precision hold?
+    disk        what `run` writes, at most: times the component's fp32 bytes
     teacher     does it want an input "teacher": the component's checkpoint as it was before any pass?
     section     of a pass of the quantize stage: the mapping in a recipe that its parameters are written in
     opset       the oldest ONNX opset whose operators take what it writes
@@ -79,6 +80,7 @@ class Pass:
     measuring: tuple[float, float] | None = None
     section: str = "quantize"
     opset: int = 18
+    disk: float = 1.0
 
 
 EFFECT = "effect.json"

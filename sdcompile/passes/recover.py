@@ -4,7 +4,7 @@ The student learns the teacher's output and what each of its blocks hands on (as
 arXiv:2305.15798), on the recorded latents; half of the rows get the conditioning of another row, so the
 teacher, which answers on the fly, is asked about more than was recorded. No images are needed. The same
 inputs and steps give the same weights on one machine with as many threads; a limit in minutes would not,
-which is why there is none. An interrupted recovery starts anew: a step's folder is made whole or not at all.
+which is why there is none. A recovery that was interrupted goes on from what it saved last, to the same weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile import metrics
 from sdcompile.errors import RecipeError, StageError
-from sdcompile.passes import pruning
+from sdcompile.passes import pruning, resuming
 from sdcompile.passes.base import Pass, always
 from sdcompile.samples import Samples
 from sdcompile.spec import Job, Say
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     Call = tuple[Tensor, ...]
@@ -40,6 +42,10 @@ _VALIDATION = 8
 """Every eighth recorded row is not trained on: it says when to stop. The figures come from other rows still."""
 
 _EXAMS = 10
+
+_SAVE_EVERY_S = 60.0
+_SAVE_SHARE = 0.05
+"""The state is saved once a minute, but never takes more than this share of the time."""
 
 _ROUNDING_DB = 100.0
 """From here on a student differs from its teacher by fp32 rounding alone: another batch size is enough for that."""
@@ -75,9 +81,56 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     student = pruning.open_subject(inputs["checkpoint"], job)
     teacher = pruning.open_subject(inputs["teacher"], job)
     pairs = pruning.pairs_of(Samples(inputs["samples"], job.component, held_out=False), job)
-    job.say("training", 0.0)
-    exams = distil(student, teacher, pairs, params, f"components.{job.component}.prune.recover", job.say)
+    told = f"components.{job.component}.prune.recover"
+    exams = distil(student, teacher, pairs, params, told, job.say, job.state)
     pruning.finish(inputs, out, job, student, [], steps=exams)
+
+
+@dataclass
+class _Training:
+    """Everything that decides how a training goes on after `step`.
+
+    trained   the weights being trained; `average` of them is examined, `best` was the average of the best exam
+    exams     {"step", "snr_db"} on rows kept aside, the first before any training; `since` the best one: how many
+    """
+
+    trained: Mapping[str, nn.Parameter]
+    average: dict[str, Tensor]
+    best: dict[str, Tensor]
+    optimiser: torch.optim.AdamW
+    random: torch.Generator
+    exams: list[dict[str, float]]
+    step: int = 0
+    since: int = 0
+
+    @property
+    def top_db(self) -> float:
+        return max(exam["snr_db"] for exam in self.exams)
+
+    def save(self, folder: Path) -> None:
+        tensors = {"random": self.random.get_state()}
+        for name, weight in self.trained.items():
+            tensors |= {f"weight/{name}": weight, f"average/{name}": self.average[name], f"best/{name}": self.best[name]}
+            tensors |= {f"{key}/{name}": value for key, value in self.optimiser.state[weight].items()}
+        resuming.save(folder, tensors, {"step": self.step, "since": self.since, "exams": self.exams})
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what was saved in `folder`; changes nothing where nothing was."""
+        found = resuming.restore(folder)
+        if found is None:
+            return
+        tensors, told = found
+        self.random.set_state(tensors.pop("random"))
+        self.step, self.since, self.exams = told["step"], told["since"], told["exams"]
+        for name, weight in self.trained.items():
+            weight.data, self.average[name], self.best[name] = (
+                tensors.pop(f"{key}/{name}") for key in ("weight", "average", "best")
+            )
+            self.optimiser.state[weight] = {key: tensors.pop(f"{key}/{name}") for key in _MOMENTS}
+
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What torch's AdamW keeps of each weight."""
 
 
 def distil(
@@ -87,55 +140,94 @@ def distil(
     params: Params,
     field: str,
     say: Say,
+    state: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train `student` in place; returns its exams: step and SNR in dB on the rows kept aside.
 
     What is kept are the averaged weights of the best exam, or the weights as they came when none was
-    better. Raises StageError when the loss is no longer finite.
+    better. What is needed to go on is saved in the folder `state`, where one is given, and taken from there.
+    Raises StageError when the loss is no longer finite.
     """
     import torch
 
     trained = _trained(student.model, params.layers, field)
-    average = {name: weight.detach().clone() for name, weight in trained.items()}
-    best = {name: weight.detach().clone() for name, weight in trained.items()}
     training, validation = _split(pairs)
-    draws = _draws(training, params)
-    optimiser = torch.optim.AdamW(trained.values(), lr=params.learning_rate, weight_decay=0.0)
-    exams = [{"step": 0, "snr_db": _exam(student.module, validation)}]
-    first = top = exams[0]["snr_db"]
-    if first >= _ROUNDING_DB:
-        return exams  # nothing was lost
-    start, since = time.monotonic(), 0
-    for step in range(1, params.steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = params.learning_rate * _share(step, params.steps)
-        loss = _loss(student, teacher, next(draws), params.features)
-        if not torch.isfinite(loss):
-            raise StageError(f"training diverged at step {step}", f"lower {field}.learning_rate")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        # Young averages forget faster, or they would remember where the training began.
-        decay = min(params.ema, step / (step + 10))
-        for name, weight in trained.items():
-            average[name].lerp_(weight.detach(), 1 - decay)
-        left_s = (time.monotonic() - start) / step * (params.steps - step)
-        say(f"step {step} of {params.steps}, {top:.1f} dB (from {first:.1f}), {left_s:.0f} s left", step / params.steps)
-        if step % max(1, params.steps // _EXAMS) and step != params.steps:
-            continue
-        with _weights(trained, average):
-            exams.append({"step": step, "snr_db": _exam(student.module, validation)})
-        since += 1
-        if exams[-1]["snr_db"] > top:
-            top, since = exams[-1]["snr_db"], 0
-            best = {name: weight.clone() for name, weight in average.items()}
-        if since >= params.patience:
-            break
+    now = _Training(
+        trained,
+        average={name: weight.detach().clone() for name, weight in trained.items()},
+        best={name: weight.detach().clone() for name, weight in trained.items()},
+        optimiser=torch.optim.AdamW(trained.values(), lr=params.learning_rate, weight_decay=0.0),
+        random=torch.Generator().manual_seed(params.seed),
+        exams=[],
+    )
+    if state is not None:
+        now.restore(state)
+    say(f"going on after step {now.step} of {params.steps}" if now.step else "training", now.step / params.steps)
+    if not now.exams:
+        now.exams.append({"step": 0, "snr_db": _exam(student.module, validation)})
+    if now.exams[0]["snr_db"] >= _ROUNDING_DB:
+        return now.exams  # nothing was lost
+    draws = _draws(training, params, now.random)
+    begun, start = now.step, time.monotonic()
+    saved, took = start, 0.0
+    while now.step < params.steps and now.since < params.patience:
+        _learn(now, student, teacher, next(draws), params, field)
+        if not now.step % max(1, params.steps // _EXAMS) or now.step == params.steps:
+            _examine(now, student, validation)
+        left_s = (time.monotonic() - start) / (now.step - begun) * (params.steps - now.step)
+        line = f"step {now.step} of {params.steps}, {now.top_db:.1f} dB (from {now.exams[0]['snr_db']:.1f})"
+        say(f"{line}, {_duration(left_s)} left", now.step / params.steps)
+        if state is not None and _is_due(time.monotonic() - saved, took):
+            begin = time.monotonic()
+            now.save(state)
+            saved = time.monotonic()
+            took = saved - begin
     for name, weight in trained.items():
-        weight.data = best[name]
+        weight.data = now.best[name]
     student.model.requires_grad_(False)
-    return exams
+    return now.exams
+
+
+def _is_due(since_s: float, took_s: float) -> bool:
+    """Is it time to save, `since_s` after the last time, which took `took_s`?"""
+    return since_s >= max(_SAVE_EVERY_S, took_s / _SAVE_SHARE)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _learn(
+    now: _Training, student: pruning.Subject, teacher: pruning.Subject, call: Call, params: Params, field: str
+) -> None:
+    """One step of AdamW, and of the average."""
+    import torch
+
+    now.step += 1
+    for group in now.optimiser.param_groups:
+        group["lr"] = params.learning_rate * _share(now.step, params.steps)
+    loss = _loss(student, teacher, call, params.features)
+    if not torch.isfinite(loss):
+        raise StageError(f"training diverged at step {now.step}", f"lower {field}.learning_rate")
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(now.trained.values(), 1.0)
+    now.optimiser.step()
+    now.optimiser.zero_grad(set_to_none=True)
+    # Young averages forget faster, or they would remember where the training began.
+    decay = min(params.ema, now.step / (now.step + 10))
+    for name, weight in now.trained.items():
+        now.average[name].lerp_(weight.detach(), 1 - decay)
+
+
+def _examine(now: _Training, student: pruning.Subject, validation: Sequence[tuple[Call, Tensor]]) -> None:
+    """Measure the average, and keep it when it is the best so far."""
+    top = now.top_db
+    with _weights(now.trained, now.average):
+        now.exams.append({"step": now.step, "snr_db": _exam(student.module, validation)})
+    now.since += 1
+    if now.top_db > top:
+        now.since = 0
+        now.best = {name: weight.clone() for name, weight in now.average.items()}
 
 
 def _trained(model: nn.Module, patterns: Sequence[str], field: str) -> dict[str, nn.Parameter]:
@@ -174,14 +266,13 @@ def _split(pairs: Sequence[tuple[Call, Tensor]]) -> tuple[list[Call], list[tuple
     return training, validation
 
 
-def _draws(calls: Sequence[Call], params: Params) -> Iterator[Call]:
+def _draws(calls: Sequence[Call], params: Params, random: torch.Generator) -> Iterator[Call]:
     """Endless calls of `params.rows` rows of one shape, each shape as often as it has rows.
 
     Past latents and timesteps, the inputs are conditioning, which some rows get from another row.
     """
     import torch
 
-    random = torch.Generator().manual_seed(params.seed)
     groups: dict[tuple[Any, ...], list[Call]] = {}
     for call in calls:
         groups.setdefault(tuple(column.shape[1:] for column in call), []).append(call)
@@ -274,4 +365,6 @@ PASS = Pass(
     teacher=True,
     # Weights, gradients, two moments, the average and the best so far; the teacher stays mapped.
     memory=(7.0, 2.0),
+    # The result, and the state twice while a new one takes the place of the old: weights, average, best, moments.
+    disk=11.0,
 )

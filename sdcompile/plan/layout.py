@@ -179,7 +179,7 @@ def _component(
             forms[kind] = draft.add(
                 name, record.name, inputs, {"family": family, **params, **planned.params}, spec=of,
                 shapes=shapes, precision=precision,
-                memory=memory.needed(planned.memory, size), disk=size, variant=variant,
+                memory=memory.needed(planned.memory, size), disk=int(record.disk * size), variant=variant,
             )  # fmt: skip
             passes.append(forms[kind])
         return tuple(passes)

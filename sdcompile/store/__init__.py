@@ -2,6 +2,7 @@
 
     ROOT/objects/<key>/   an artifact: the files an op wrote, and artifact.json (written last)
     ROOT/making/          work in progress; what a killed process leaves is swept, never used
+    ROOT/unfinished/      what a long step saved of its work, to go on from when it is killed
     ROOT/locks/           one lock file per key being made; a process that works holds its lock
     ROOT/using/           which keys running builds rely on, so that gc leaves them alone
     ROOT/last/            recipe and step -> the parts of the key last made or used, for `explain`
@@ -63,6 +64,10 @@ class Store:
         if not KEY.fullmatch(key):
             raise ValueError(f"{key!r} is no key")
         return self.root / "objects" / key
+
+    def unfinished(self, key: str) -> Path:
+        """Where the step that makes `key` may save what a killed run of it can go on from; gone once it is made."""
+        return self.root / "unfinished" / self.path(key).name
 
     def get(self, key: str) -> Path | None:
         """The folder of a whole artifact, or None when it was never made, or is damaged (see `damage`).
@@ -208,6 +213,7 @@ class Store:
                     self._to_trash(folder)
                     temp.rename(folder)
                     disk.fsync(folder.parent)
+                    shutil.rmtree(self.unfinished(key), ignore_errors=True)
             finally:
                 # After the rename there is nothing left to remove.
                 shutil.rmtree(temp, ignore_errors=True)
@@ -370,8 +376,9 @@ class Store:
         return space.usage(self.root)
 
     def gc(self, keep: Collection[str] = (), older_than_s: float | None = None, dry_run: bool = False) -> Freed:
-        """Delete artifacts outside `keep` (only those unused for `older_than_s`, where given), leftovers
-        of killed processes and hashes of files that are gone. What any running build makes or uses stays.
+        """Delete artifacts outside `keep` and what unfinished steps saved (where `older_than_s` is given, only those
+        unused for that long), leftovers of killed processes and hashes of files that are gone. What any running
+        build makes or uses stays.
         """
         from filelock import FileLock
 

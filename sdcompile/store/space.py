@@ -15,6 +15,9 @@ from sdcompile.store import disk
 
 ARTIFACT = "artifact.json"
 
+_LEFT = ("making", "unfinished")
+"""Folders of what killed processes leave."""
+
 
 @dataclass(frozen=True)
 class Freed:
@@ -40,7 +43,7 @@ def usage(root: Path) -> Usage:
     return Usage(
         len(objects),
         sum(size for folder in objects for size, _ in disk.sizes(folder)),
-        sum(size for folder in disk.folders(root / "making") for size, _ in disk.sizes(folder)),
+        sum(size for name in _LEFT for folder in disk.folders(root / name) for size, _ in disk.sizes(folder)),
         free_bytes(root),
     )
 
@@ -64,8 +67,10 @@ def sweep(root: Path, stay: Collection[str], older_than_s: float | None, dry_run
             trash = root / "making" / f"trash.{uuid4().hex}"
             trash.parent.mkdir(exist_ok=True)
             shutil.rmtree(folder.rename(trash), ignore_errors=True)
-    for folder in disk.folders(root / "making"):
+    for folder in (folder for name in _LEFT for folder in disk.folders(root / name)):
         if folder.name.partition(".")[0] in stay:
+            continue
+        if folder.parent.name == "unfinished" and older_than_s is not None and _quiet_s(folder) < older_than_s:
             continue
         freed += disk.freeable(folder)
         leftovers += 1
@@ -108,3 +113,8 @@ def _age_s(folder: Path) -> float:
         return time.time() - (folder / ARTIFACT).stat().st_mtime
     except FileNotFoundError:
         return math.inf
+
+
+def _quiet_s(folder: Path) -> float:
+    """Since when nothing was saved in `folder`."""
+    return time.time() - max((path.stat().st_mtime for path in folder.iterdir()), default=folder.stat().st_mtime)

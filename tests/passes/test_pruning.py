@@ -15,7 +15,7 @@ from sdcompile.families import FAMILIES
 from sdcompile.passes import PASSES
 from sdcompile.passes.base import read_effect
 from sdcompile.samples import Writer
-from sdcompile.spec import Job
+from sdcompile.spec import Job, Say, say_nothing
 
 pytestmark = pytest.mark.tiny
 
@@ -75,11 +75,15 @@ def opened(folder: Path):
     return checkpoint.load("sd", "unet", folder, {})
 
 
-def run(name: str, checkpoint: Path, out: Path, samples: Path, teacher: Path | None = None, **params: Any) -> dict:
+def run(
+    name: str, checkpoint: Path, out: Path, samples: Path, teacher: Path | None = None, state: Path | None = None,
+    say: Say = say_nothing, **params: Any,
+) -> dict:  # fmt: skip
     """Run a pass as a build would; returns its effect."""
     record = PASSES[name]
     full = record.params.model_validate(params).model_dump(mode="json")
-    job = Job("unet", {"family": "sd", **full}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
+    spec = FAMILY.components(CONFIGS)["unet"]
+    job = Job("unet", {"family": "sd", **full}, "fp32", spec, SHAPES, say=say, state=state)
     out.mkdir(parents=True)
     record.run({"checkpoint": checkpoint, "samples": samples, "teacher": teacher or checkpoint}, out, job)
     effect = read_effect(out)
@@ -349,6 +353,114 @@ def test_recovery_brings_the_output_nearer_and_repeats_itself(source, samples, t
     assert edits.read(tmp_path / "a") == edits.read(pruned)
     first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+class Killed(BaseException):
+    """What a kill is to a step: nothing catches it."""
+
+
+def killing(at: int) -> Say:
+    """Listens to a recovery and kills it when it tells of step `at`."""
+
+    def say(text: str, fraction: float | None = None) -> None:
+        if text.startswith(f"step {at} "):
+            raise Killed
+
+    return say
+
+
+@pytest.fixture
+def saved_often(monkeypatch):
+    """The state is saved after every step, not once a minute."""
+    monkeypatch.setattr("sdcompile.passes.recover._is_due", lambda since_s, took_s: True)
+
+
+RECOVERY: dict[str, Any] = {"steps": 6, "rows": 4, "learning_rate": 2e-4, "patience": 20}
+
+
+@pytest.fixture(scope="module")
+def crude(source, samples, tmp_path_factory) -> Path:
+    """Half of the heads gone, nothing made up for."""
+    folder = tmp_path_factory.mktemp("crude") / "out"
+    run("heads", source, folder, samples, ratio=0.5, uniform=True, importance="l1", compensate=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(source, samples, crude, tmp_path_factory) -> Path:
+    """What a recovery of `crude` comes to that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    run("recover", crude, folder, samples, teacher=source, **RECOVERY)
+    return folder
+
+
+@pytest.mark.parametrize("stops", [(1,), (3, 4, 6)])
+def test_a_killed_recovery_goes_on_to_the_same_bytes(source, samples, crude, whole, tmp_path, saved_often, stops):
+    state, said = tmp_path / "state", []
+    for number, stop in enumerate(stops):
+        with pytest.raises(Killed):
+            run("recover", crude, tmp_path / f"{number}", samples, source, state, killing(stop), **RECOVERY)
+    out = tmp_path / "out"
+    run("recover", crude, out, samples, source, state, lambda text, _: said.append(text), **RECOVERY)
+    last = stops[-1] - 1
+    assert (f"going on after step {last} of 6" in said) == (last > 0)
+    assert not any(text.startswith(f"step {last} ") for text in said), "no step is done twice"
+    for path in whole.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def distilled(source: Path, crude: Path, samples: Path, state: Path, say: Say = say_nothing) -> list[dict]:
+    """The exams of a recovery alone, which are all that the next tests look at."""
+    from sdcompile.passes import pruning, recover
+    from sdcompile.samples import Samples
+
+    job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
+    student, teacher = (pruning.open_subject(folder, job) for folder in (crude, source))
+    pairs = pruning.pairs_of(Samples(samples, "unet", held_out=False), job)
+    return recover.distil(student, teacher, pairs, recover.Params.model_validate(RECOVERY), "recover", say, state)
+
+
+@pytest.fixture
+def killed(source, samples, crude, tmp_path, saved_often) -> Path:
+    """What a recovery leaves that is killed in its fourth step."""
+    with pytest.raises(Killed):
+        distilled(source, crude, samples, tmp_path / "state", killing(4))
+    return tmp_path / "state"
+
+
+@pytest.mark.parametrize("part", ["weight/", "average/", "exp_avg/", "exp_avg_sq/", "random"])
+def test_every_part_of_the_saved_state_counts(source, samples, crude, whole, killed, part):
+    """The sibling: with any part of the state altered it comes out different."""
+    import torch
+
+    from sdcompile.passes import resuming
+
+    tensors, told = resuming.restore(killed) or ({}, {})
+    for name, tensor in tensors.items():
+        if name.startswith(part):
+            tensors[name] = torch.Generator().manual_seed(5).get_state() if name == "random" else tensor * 1.5
+    resuming.save(killed, tensors, told)
+    found = distilled(source, crude, samples, killed)
+    wanted = (read_effect(whole) or {})["steps"]
+    assert found[:4] == wanted[:4]
+    assert found[4:] != wanted[4:]
+
+
+@pytest.mark.parametrize("bytes_left", [0, 1000])
+def test_a_state_that_cannot_be_read_is_as_none(source, samples, crude, whole, killed, bytes_left):
+    """Cut short by a power cut, say: the recovery starts anew, and comes out the same."""
+    (file,) = killed.iterdir()
+    file.write_bytes(file.read_bytes()[:bytes_left])
+    assert distilled(source, crude, samples, killed) == (read_effect(whole) or {})["steps"]
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most():
+    from sdcompile.passes.recover import _is_due
+
+    assert not _is_due(59, 0)
+    assert _is_due(60, 0)
+    assert not _is_due(60, 10)
+    assert _is_due(200, 10)
 
 
 def test_recovery_that_brings_nothing_keeps_the_weights(source, samples, tmp_path):
