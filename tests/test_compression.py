@@ -263,6 +263,63 @@ def test_faults_of_quantization_are_told_when_a_recipe_is_planned(plan, sets, ex
     assert any(expected in line for line in faults(plan, INT8, *sets))
 
 
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        (["quantize={mode: dynamic}"], "quantize.mode: openvino has nothing faster for 'dynamic'"),
+        (
+            ["components.unet.quantize={mode: weights, bits: 4}", "components.unet.backend=tensorrt_rtx"],
+            "components.unet.quantize.bits: tensorrt_rtx has no kernels for weights of 4 bits",
+        ),
+        (["quantize={bits: 4}"], "quantize: bits: 4 is for `mode: weights`"),
+        (["quantize={bits: 5}"], "quantize.bits: 5 is not one of 8, 4"),
+        (
+            ["quantize={mode: weights, bits: 4}", "components.unet.quantize={mode: static}"],
+            "components.unet.quantize: bits: 4 is for `mode: weights`",
+        ),
+    ],
+)
+def test_ways_of_quantizing_that_nothing_runs_are_refused(plan, sets, expected):
+    (line,) = faults(plan, INT8, *sets)
+    assert expected in line
+
+
+UNET = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (320, 640), "layers_per_block": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        (["prune.heads={layers: ['*attn2', '*attn9']}"], "prune.heads.layers: '*attn9' matches no layer that can be"),
+        (["prune.channels={layers: ['*ff'], parts: [resnets]}"], "prune.channels.layers: '*ff' matches no layer"),
+        (["prune.channels={ratio: 0.9}"], "prune.channels: a ratio of 0.9 cannot be reached where max_ratio is 0.75"),
+        (["prune.heads={ratio: 0.9}"], "prune.heads: a ratio of 0.9 cannot be reached where max_ratio is 0.75"),
+        (["prune.recover={layers: ['*to_z*']}"], "prune.recover.layers: '*to_z*' matches no weight; they are named"),
+        (["prune.blocks={remove: [mid_blok]}"], "prune.blocks.remove.0: 'mid_blok' is no block that can be removed"),
+        (["prune.blocks={remove: [mid_block, mid_block]}"], "prune.blocks.remove.1: 'mid_block' is no block"),
+        (["prune.blocks={remove: [down_blocks.0.1+up_blocks.1.0]}"], "prune.blocks.remove.0: 'down_blocks.0.1+up_"),
+        (["prune.blocks={count: 4}"], "prune.blocks.count: only 3 blocks could be removed at all, not 4"),
+        (["quantize={ignore: [conv_in, attn3]}"], "quantize.ignore.1: 'attn3' matches no module that can be quantized"),
+        (["quantize={ignore: [norm1]}"], "quantize.ignore.0: 'norm1' matches no module that can be quantized"),
+        (["quantize={ignore: ['**']}"], "quantize.ignore: this leaves no layer to quantize"),
+    ],
+)
+def test_patterns_that_fit_nothing_in_the_configs_are_refused(plan, source, sets, expected):
+    source.configs["unet"] |= UNET
+    (line,) = faults(plan, INT8, *(f"components.unet.{text}" for text in sets))
+    assert f"components.unet.{expected}" in line
+
+
+def test_patterns_are_left_to_the_passes_where_the_modules_are_not_known(plan, source):
+    source.configs["unet"] |= {**UNET, "down_block_types": ("OwnBlock",) * 2}
+    assert plan(INT8, "components.unet.quantize={ignore: [nothing]}")
+    source.configs["unet"] |= UNET
+    assert plan(INT8, "components.unet.quantize={ignore: [conv_in, '**.to_q', mid_block, 'down_blocks.*.resnets']}")
+
+
 def test_int8_that_must_win_is_raced_against_what_a_plain_build_would_make(plan):
     plain = plan(INT8, "components.unet.precision=bf16")
     steps = plan(INT8, "components.unet.quantize.accept_if.speedup=1.1")

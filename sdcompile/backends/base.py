@@ -86,6 +86,7 @@ class Backend:
     options    pydantic model of the recipe's `build:` mapping for this backend
     export     options -> what this backend asks of the ONNX exporter (e.g. {"attention": "mha"})
     quantize   params this backend asks of the quantization pass, unless the recipe sets them
+    modes      mode of the quantization pass -> bits of weights that this backend has kernels for
     rests      precisions that what int8 leaves unquantized may have, the usual one first; what a recipe chose
                (`quantize: {rest: ...}`) is job.params["rest"] of an int8 build
     packages   distributions whose versions decide the bytes `build` writes (part of the key)
@@ -111,6 +112,7 @@ class Backend:
     revision: int = 1
     export: Callable[[BaseModel], Mapping[str, Any]] = _as_exported
     quantize: Mapping[str, Any] = field(default_factory=dict)
+    modes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"static": (8,), "weights": (8,)})
     rests: tuple[Precision, ...] = ("fp32",)
     host_bound: bool = False
     memory: tuple[float, float] = (1.2, 0.6)

@@ -144,7 +144,7 @@ def build(src: Path, out: Path, job: Job) -> None:
 def _int8_operators(path: Path, job: Job) -> int:
     """How many operators of the graph, as ONNX Runtime rewrites it, compute on integers.
 
-    Raises StageError when activations are quantized and none does.
+    Raises StageError when activations are quantized and none does, or weights have 4 bits and no kernel reads those.
     """
     import onnx
 
@@ -154,12 +154,24 @@ def _int8_operators(path: Path, job: Job) -> int:
         _session(path, options, Host(), optimized=optimized)
         kinds = [node.op_type for node in onnx.load(optimized, load_external_data=False).graph.node]
     found = sum(kind in _INT8_KERNELS for kind in kinds)
-    if not found and "QuantizeLinear" in kinds:
+    if _has_bits4(path) and "MatMulNBits" not in kinds:
+        raise StageError(
+            f"{job.component}: weights have 4 bits, but ONNX Runtime would widen them all when it opens the engine",
+            "build it with `build: {graph_optimization: all}`, or with `quantize: {bits: 8}`",
+        )
+    if not found and {"QuantizeLinear", "DynamicQuantizeLinear"} & set(kinds):
         raise StageError(
             f"{job.component}: the graph is quantized, but ONNX Runtime runs none of it in int8",
             "this is no gain: build it in another precision, or with `build: {graph_optimization: all}`",
         )
     return found
+
+
+def _has_bits4(path: Path) -> bool:
+    import onnx
+
+    types = {tensor.data_type for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+    return bool(types & {onnx.TensorProto.INT4, onnx.TensorProto.UINT4})
 
 
 def open_engine(folder: Path, host: Host) -> OnnxRuntimeEngine:
@@ -340,4 +352,5 @@ BACKEND = Backend(
     fits=fits_here,
     export=export,
     refuses=refuses,
+    modes={"static": (8,), "weights": (8, 4), "dynamic": (8,)},
 )

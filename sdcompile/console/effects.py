@@ -42,7 +42,8 @@ def _quantized(effect: Facts) -> str:
         return ""
     out = effect["left_out"]
     names = ", ".join(out[:3]) + (f" and {len(out) - 3} more" if len(out) > 3 else "")
-    return f"{effect['quantized']} of {effect['operators']} in int8" + (
+    narrow = f", {effect['bits4']} of them in 4 bits" if effect.get("bits4") else ""
+    return f"{effect['quantized']} of {effect['operators']} in int8{narrow}" + (
         f"; for the budget in float: {names}" if out else ""
     )
 

@@ -45,6 +45,8 @@ class Family:
                        the spec's inputs in order and returns the spec's outputs
     params             component -> names of the recipe fields it understands (e.g. clip_skip)
     embed              (run text encoder, token ids (n, T) int64) -> rows of conditioning arrays
+    modules            (component, configs) -> path -> kind ("conv", "linear", "norm", "embedding") of its torch
+                       modules with weights; None where the configs are of a model whose modules are not known
     guidance_feeds     (facts, guidance scale, rows) -> extra denoiser inputs that depend on guidance
     """
 
@@ -61,6 +63,7 @@ class Family:
     load_module: Callable[[str, Path, Mapping[str, Any]], nn.Module]
     params: Mapping[str, tuple[str, ...]]
     embed: Callable[[Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]], np.ndarray], dict[str, np.ndarray]]
+    modules: Callable[[str, Configs], Mapping[str, str] | None]
     guidance_feeds: Callable[[Mapping[str, Any], float, int], dict[str, np.ndarray]]
 
     def folder(self, component: str, there: Container[str]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdcompile.errors import RecipeError
 from sdcompile.families import sd_stepcache
+from sdcompile.families.sd_names import modules as modules
 from sdcompile.families.sd_stepcache import SHALLOW
 from sdcompile.spec import ComponentSpec, Range, Shapes, TensorSpec
 

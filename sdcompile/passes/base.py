@@ -27,11 +27,13 @@ class Setting:
     """What a plan knows of the component a pass is asked for.
 
     config      config.json of its checkpoint
+    modules     path -> kind of every module that has weights; None where they are not known
     multiples   shape letter -> what its value is always divisible by
     before      parameters of the passes that run before this one, by name
     """
 
     config: Mapping[str, Any]
+    modules: Mapping[str, str] | None
     shapes: Shapes
     multiples: Mapping[str, int]
     before: Mapping[str, Any] = field(default_factory=dict)
@@ -39,6 +41,15 @@ class Setting:
 
 def nothing(params: Any, setting: Setting) -> list[str]:
     return []
+
+
+def by_modules(fault: Callable[[Any, Mapping[str, str]], list[str]]) -> Callable[[Any, Setting], list[str]]:
+    """`refuses` of a pass that asks for the names of modules alone; where they are not known it refuses nothing."""
+
+    def refuses(params: Any, setting: Setting) -> list[str]:
+        return [] if setting.modules is None else fault(params, setting.modules)
+
+    return refuses
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ follow. The result is an ordinary diffusers folder as long as every block keeps 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile import edits
 from sdcompile.errors import RecipeError, StageError
-from sdcompile.passes import narrowing, pruning
-from sdcompile.passes.base import Pass, always
+from sdcompile.passes import narrowing, pruning, sites
+from sdcompile.passes.base import Pass, always, by_modules
 from sdcompile.samples import Samples
 from sdcompile.spec import Job, Say
 
@@ -40,6 +40,36 @@ class Params(BaseModel):
         "down_blocks.1.1+up_blocks.2.1; the numbers are those after earlier removals.",
     )  # fmt: skip
     mid_block: bool = Field(default=True, description="May `count` choose the mid block?")
+
+
+def refuses(params: Params, modules: Mapping[str, str]) -> list[str]:
+    """What no order of removals allows; whether channels meet only the model itself tells."""
+    layers = sites.names_of("channels", modules)
+    downs, ups = (_counts(name for name in layers if name.startswith(f"{side}_blocks.")) for side in ("down", "up"))
+    has_mid = any(name.startswith(f"{MID}.") for name in layers)
+    named = [MID] if has_mid else []
+    for down, count in enumerate(downs):
+        up = len(downs) - 1 - down
+        named += [f"down_blocks.{down}.{i}+up_blocks.{up}.{j}" for i in range(count) for j in range(ups[up])]
+    faults = []
+    for number, name in enumerate(params.remove or ()):
+        if name not in named or (name == MID and MID in (params.remove or ())[:number]):
+            faults.append(
+                f"remove.{number}: '{name}' is no block that can be removed; such are {', '.join(named[:4])}, ..."
+            )
+    most = sum(downs) + (has_mid and params.mid_block)
+    if params.remove is None and params.count > most:
+        faults.append(f"count: only {most} blocks could be removed at all, not {params.count}")
+    return faults
+
+
+def _counts(resnets: Iterable[str]) -> list[int]:
+    """Layers of each block, of names as down_blocks.0.resnets.1."""
+    found: dict[int, int] = {}
+    for name in resnets:
+        block = int(name.split(".")[1])
+        found[block] = found.get(block, 0) + 1
+    return [found[block] for block in sorted(found)]
 
 
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
@@ -138,6 +168,7 @@ PASS = Pass(
     revision=REVISION,
     params=Params,
     run=run,
+    refuses=by_modules(refuses),
     packages=("torch", "diffusers"),
     calibrates=always,
     memory=(1.5, 1.5),

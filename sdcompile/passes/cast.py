@@ -93,7 +93,7 @@ def named(nodes: list[ir.Node], patterns: tuple[str, ...]) -> dict[str, str]:
         elif _OP.fullmatch(pattern):
             found = {str(node.name) for node in nodes if node.op_type == pattern}
         else:
-            found = {str(node.name) for node in nodes if qdq.lies_under(node, pattern)}
+            found = {str(node.name) for node in nodes if qdq.covered([qdq.module_of(node)], pattern)}
         if not found:
             ops = ", ".join(sorted({node.op_type for node in nodes})[:12])
             modules = ", ".join(sorted({qdq.group_of(qdq.module_of(node)) for node in nodes} - {""})[:6])

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompile.passes import narrowing, pruning, sites
-from sdcompile.passes.base import Pass, always
+from sdcompile.passes.base import Pass, always, by_modules
 from sdcompile.passes.importance import Importance
 from sdcompile.samples import Samples
 from sdcompile.spec import Job
@@ -22,6 +22,7 @@ from sdcompile.spec import Job
 REVISION = 1
 
 _FIND = {"resnets": sites.channels_of, "feed_forward": sites.feed_forwards_of}
+_OPS = {"resnets": "channels", "feed_forward": "feed_forward"}
 
 
 class Params(BaseModel):
@@ -51,6 +52,18 @@ class Params(BaseModel):
     )
     layers: tuple[str, ...] = Field(default=("*",), min_length=1, description="Layers to prune, by pattern.")
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Params:
+        if self.ratio > self.max_ratio:
+            raise ValueError(f"a ratio of {self.ratio:g} cannot be reached where max_ratio is {self.max_ratio:g}")
+        return self
+
+
+def refuses(params: Params, modules: Mapping[str, str]) -> list[str]:
+    names = [name for part in dict.fromkeys(params.parts) for name in sites.names_of(_OPS[part], modules)]
+    fault = sites.fault_of(names, params.layers)
+    return [f"layers: {fault}"] if fault else []
+
 
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Write the checkpoint in `inputs["checkpoint"]` without some of its channels into `out`."""
@@ -75,6 +88,7 @@ PASS = Pass(
     revision=REVISION,
     params=Params,
     run=run,
+    refuses=by_modules(refuses),
     packages=("torch", "diffusers"),
     calibrates=always,
     memory=(1.5, 3.5),

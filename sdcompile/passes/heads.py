@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompile.passes import narrowing, pruning, sites
-from sdcompile.passes.base import Pass, always
+from sdcompile.passes.base import Pass, always, by_modules
 from sdcompile.passes.importance import Importance
 from sdcompile.samples import Samples
 from sdcompile.spec import Job
@@ -49,10 +49,17 @@ class Params(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _merging_compensates(self) -> Params:
+    def _fits_together(self) -> Params:
+        if self.ratio > self.max_ratio:
+            raise ValueError(f"a ratio of {self.ratio:g} cannot be reached where max_ratio is {self.max_ratio:g}")
         if self.merge and not self.compensate:
             raise ValueError("merge is done by least squares: it needs compensate: true")
         return self
+
+
+def refuses(params: Params, modules: Mapping[str, str]) -> list[str]:
+    fault = sites.fault_of(sites.names_of("heads", modules), params.layers)
+    return [f"layers: {fault}"] if fault else []
 
 
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
@@ -77,6 +84,7 @@ PASS = Pass(
     revision=REVISION,
     params=Params,
     run=run,
+    refuses=by_modules(refuses),
     packages=("torch", "diffusers"),
     calibrates=always,
     memory=(1.5, 1.5),

@@ -17,22 +17,20 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompile.errors import StageError
-from sdcompile.passes.base import Pass, write_effect
+from sdcompile.passes.base import Pass, by_modules, write_effect
 from sdcompile.spec import Job
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
-    import onnx_ir as ir
 
     from sdcompile.samples import Samples
 
-REVISION = 2
+REVISION = 3
 
 SENSITIVITY = "sensitivity.json"
 
@@ -47,18 +45,29 @@ class Budget(BaseModel):
     )
 
 
+Mode = Literal["static", "weights", "dynamic"]
+
+
 class Params(BaseModel):
-    """INT8 post-training quantization by NNCF."""
+    """INT8 post-training quantization by NNCF, and narrow weights (see `weights`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mode: Literal["static", "weights"] = Field(
+    mode: Mode = Field(
         default="static",
         description="static: weights and activations, with ranges fitted to samples. weights: weights alone, "
-        "symmetric per channel; halves nothing but memory traffic.",
+        "symmetric per channel; less to store and to read, computed in float. dynamic: weights and activations of "
+        "linear layers, with ranges taken from each call.",
+    )
+    bits: Literal[8, 4] = Field(
+        default=8, description="With `mode: weights`: bits of the weights of linear layers; what cannot have 4 gets 8."
+    )
+    group_size: Annotated[int, Field(ge=16, le=1024)] | None = Field(
+        default=None, description="With `bits: 4`: inputs that share one scale, a power of two. Unset = 64."
     )
     symmetric: bool = Field(
-        default=False, description="int8 activations with zero point 0 only, which is all that TensorRT takes."
+        default=False,
+        description="Zero point 0 only: of int8 activations all that TensorRT takes, of 4-bit weights a bit smaller.",
     )
     model_type: Literal["transformer", "any"] = Field(
         default="transformer",
@@ -93,6 +102,36 @@ class Params(BaseModel):
         default=12, ge=1, description="Held out samples that groups and the result are judged by."
     )
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Params:
+        if self.bits == 4 and self.mode != "weights":
+            raise ValueError("bits: 4 is for `mode: weights`; activations are quantized to 8 bits")
+        if self.group_size is not None and self.bits != 4:
+            raise ValueError("group_size is for `bits: 4`; 8 bits have one scale per output channel")
+        if self.group_size is not None and self.group_size & (self.group_size - 1):
+            raise ValueError(f"group_size {self.group_size} is no power of two, which engines ask for")
+        if self.mode == "dynamic" and (self.budget is not None or self.sensitivity):
+            raise ValueError("budget and sensitivity are for `mode: static` and `mode: weights`; dynamic has neither")
+        return self
+
+    @property
+    def groups_of(self) -> int | None:
+        """Inputs that share a scale where weights have 4 bits; None = 8 bits."""
+        return (self.group_size or 64) if self.bits == 4 else None
+
+
+def refuses(params: Params, modules: Mapping[str, str]) -> list[str]:
+    from sdcompile.passes import qdq
+
+    paths = [path for path, kind in modules.items() if kind in ("conv", "linear")]
+    faults = []
+    for number, pattern in enumerate(params.ignore):
+        if not qdq.covered(paths, pattern):
+            faults.append(f"ignore.{number}: {qdq.unmatched(pattern, paths)}")
+    if params.ignore and len(set().union(*(qdq.covered(paths, p) for p in params.ignore))) == len(set(paths)):
+        faults.append("ignore: this leaves no layer to quantize; build the component in another precision")
+    return faults
+
 
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Write the int8 form of `inputs["onnx"]/model.onnx` to `out/model.onnx` (+ model.onnx.data) and effect.json.
@@ -109,7 +148,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     params = Params.model_validate({k: v for k, v in job.params.items() if k in Params.model_fields})
     source = inputs["onnx"] / "model.onnx"
     original = qdq.load(source)
-    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in original.graph):
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear", "MatMulInteger") for node in original.graph):
         raise StageError(f"{job.component}: the graph is quantized already", "name the original weights as source")
     ignored = qdq.matching(qdq.targets(original.graph), params.ignore)
     if not params.vectors:
@@ -153,6 +192,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         size_bytes=(_bytes(inputs["onnx"]), _bytes(out)),
         snr_db=sensitivity.snr_by_region(chosen, judge.regions),
         quantized=found["operators"],
+        bits4=found["bits4"],
         operators=len(qdq.targets(original.graph)),
         left_out=left_out,
         ignored=list(params.ignore),
@@ -163,11 +203,15 @@ def _insert_pairs(inputs: Mapping[str, Path], target: Path, job: Job, params: Pa
     """Write the graph with a pair on every input that runs in int8, weights still in float, beside its data."""
     import onnx
 
+    from sdcompile.passes import weights
     from sdcompile.samples import Samples
 
     source = inputs["onnx"] / "model.onnx"
     if params.mode == "weights":
-        _insert_weight_pairs(source, target, ignored)
+        weights.insert_pairs(source, target, ignored, params.groups_of, params.symmetric)
+        return
+    if params.mode == "dynamic":
+        weights.quantize_at_run_time(source, target, ignored)
         return
     fit = Samples(inputs["samples"], job.component, held_out=False)
     if not len(fit):
@@ -237,58 +281,6 @@ def _quantized(source: Path, fit: Samples, job: Job, params: Params, ignored: Co
             raise StageError(f"{job.component}: NNCF cannot quantize this graph: {error}") from error
 
 
-def _insert_weight_pairs(source: Path, target: Path, ignored: Collection[str]) -> None:
-    """Symmetric int8 pairs, one scale per output channel, on the weights of convolutions and products.
-
-    NNCF's own compress_weights writes scales for convolutions that ONNX Runtime refuses (NNCF 3.4).
-    """
-    import numpy as np
-    import onnx_ir as ir
-
-    from sdcompile.passes import qdq
-
-    model = qdq.load(source)
-    graph = model.graph
-    for node in qdq.targets(graph):
-        weight = node.inputs[1]
-        if weight is None or not weight.is_initializer() or node.name in ignored:
-            continue
-        assert weight.const_value is not None
-        values = weight.const_value.numpy()
-        transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
-        axis = 0 if node.op_type == "Conv" or transposed else 1 if node.op_type == "ConvTranspose" else values.ndim - 1
-        largest = np.abs(values).max(axis=tuple(i for i in range(values.ndim) if i != axis))
-        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-        constants = [
-            _constant(f"{weight.name}_scale", scale),
-            _constant(f"{weight.name}_zero_point", np.zeros(scale.shape, np.int8)),
-        ]
-        value: ir.Value = weight
-        for op in ("QuantizeLinear", "DequantizeLinear"):
-            pair = ir.Node(
-                "",
-                op,
-                [value, *constants],
-                [ir.AttrInt64("axis", axis)],
-                name=f"{node.name}/weight/{op}",
-                num_outputs=1,
-            )
-            graph.insert_before(node, pair)
-            value = pair.outputs[0]
-            value.name = f"{node.name}/weight/{op}"
-        for constant in constants:
-            graph.initializers.setdefault(str(constant.name), constant)
-        node.replace_input_with(1, value)
-    ir.save(model, target, external_data="model.onnx.data")
-
-
-def _constant(name: str, array: np.ndarray) -> ir.Value:
-    import onnx_ir as ir
-
-    tensor = ir.tensor(array, name=name)
-    return ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-
-
 def _parameters(model: Any) -> int:
     values = model.graph.initializers.values()
     return sum(int(value.const_value.size) for value in values if value.const_value.dtype.is_floating_point())
@@ -324,6 +316,7 @@ PASS = Pass(
     revision=REVISION,
     params=Params,
     run=run,
+    refuses=by_modules(refuses),
     packages=("nncf", "onnx", "onnxruntime"),
     calibrates=lambda params: True,
     memory=(3.0, 0.75),

@@ -84,21 +84,24 @@ def matching(nodes: Iterable[ir.Node], patterns: Iterable[str]) -> set[str]:
     rows = [(str(node.name), module_of(node)) for node in nodes]
     found: set[str] = set()
     for pattern in patterns:
-        regex = _regex(pattern)
-        names = {name for name, path in rows if regex.fullmatch(path)}
-        if not names:
-            some = ", ".join(sorted({group_of(path) for _, path in rows})[:6])
+        paths = covered((path for _, path in rows), pattern)
+        if not paths:
             raise StageError(
-                f"the pattern {pattern!r} matches no module that can be quantized",
-                f"module paths look like {some}, ...; `sdcompile sensitivity RECIPE` lists them",
+                unmatched(pattern, [path for _, path in rows]), "`sdcompile sensitivity RECIPE` lists the groups"
             )
-        found |= names
+        found |= {name for name, path in rows if path in paths}
     return found
 
 
-def lies_under(node: ir.Node, pattern: str) -> bool:
-    """Whether the module of `node` is, or is inside of, one that `pattern` names (see `matching`)."""
-    return _regex(pattern).fullmatch(module_of(node)) is not None
+def covered(paths: Iterable[str], pattern: str) -> set[str]:
+    """Those of the module paths that lie at or under what `pattern` names (see `matching`)."""
+    regex = _regex(pattern)
+    return {path for path in paths if regex.fullmatch(path)}
+
+
+def unmatched(pattern: str, paths: Iterable[str]) -> str:
+    some = ", ".join(sorted({group_of(path) for path in paths})[:6])
+    return f"{pattern!r} matches no module that can be quantized; they look like {some}, ..."
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
@@ -155,8 +158,10 @@ def fold_weights(model: ir.Model) -> None:
         weight, scale, zero_point = quantize.inputs[:3]
         if weight is None or not weight.is_initializer() or quantize.outputs[0].name in graph.initializers:
             continue
-        axis = quantize.attributes["axis"].as_int() if "axis" in quantize.attributes else 1
-        folded = _integers(weight, scale, zero_point, axis)
+        told = {
+            name: quantize.attributes[name].as_int() for name in ("axis", "block_size") if name in quantize.attributes
+        }
+        folded = _integers(weight, scale, zero_point, told.get("axis", 1), told.get("block_size", 0))
         for use in list(quantize.outputs[0].uses()):
             use.node.replace_input_with(use.idx, folded)
         graph.remove(quantize, safe=True)
@@ -166,22 +171,30 @@ def fold_weights(model: ir.Model) -> None:
             del graph.initializers[name]
 
 
-def quantized(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, axis: int) -> np.ndarray:
-    """QuantizeLinear of ONNX: saturate(round_half_even(weight / scale) + zero_point), per tensor or along `axis`."""
+def quantized(
+    weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, axis: int, block_size: int = 0
+) -> np.ndarray:
+    """QuantizeLinear of ONNX: saturate(round_half_even(weight / scale) + zero_point), per tensor, along `axis`, or
+    (with a `block_size`) one scale for each block of that many along `axis`."""
+    import ml_dtypes
     import numpy as np
 
     def along(values: np.ndarray) -> np.ndarray:
+        if block_size:
+            return np.repeat(values, block_size, axis)
         if values.size == 1:
             return values.reshape(())
         return values.reshape([-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)])
 
-    limits = np.iinfo(zero_point.dtype)
+    limits = ml_dtypes.iinfo(zero_point.dtype)
     levels = np.rint(weight / along(scale)) + along(zero_point.astype(np.float32))
     result: np.ndarray = np.clip(levels, limits.min, limits.max).astype(zero_point.dtype)
     return result
 
 
-def _integers(weight: ir.Value, scale: ir.Value | None, zero_point: ir.Value | None, axis: int) -> ir.Value:
+def _integers(
+    weight: ir.Value, scale: ir.Value | None, zero_point: ir.Value | None, axis: int, block_size: int
+) -> ir.Value:
     import onnx_ir as ir
 
     assert scale is not None
@@ -192,7 +205,7 @@ def _integers(weight: ir.Value, scale: ir.Value | None, zero_point: ir.Value | N
     assert zeros is not None
 
     def make() -> ir.Tensor:
-        return ir.Tensor(quantized(tensor.numpy(), steps.numpy(), zeros.numpy(), axis), name=name)
+        return ir.Tensor(quantized(tensor.numpy(), steps.numpy(), zeros.numpy(), axis, block_size), name=name)
 
     name = f"{weight.name}_quantized"
     shape = weight.shape
@@ -202,14 +215,15 @@ def _integers(weight: ir.Value, scale: ir.Value | None, zero_point: ir.Value | N
 
 
 def check(model: ir.Model, *, symmetric: bool) -> dict[str, int]:
-    """Counts of what is quantized: {"operators", "activations", "weights"}.
+    """Counts of what is quantized: {"operators", "activations", "weights", "bits4"}; of `weights`, `bits4` have 4 bits.
 
-    Raises StageError for a graph called quantized in which nothing is, and, where `symmetric` int8 was
+    Raises StageError for a graph called quantized in which nothing is, and, where `symmetric` integers were
     asked for (TensorRT takes no other), for unsigned types and zero points that are not zero.
     """
     graph = model.graph
     dequantize = [node for node in graph if node.op_type == "DequantizeLinear"]
-    if not dequantize:
+    integer = sum(node.op_type == "MatMulInteger" for node in graph)
+    if not dequantize and not integer:
         raise StageError(
             "nothing in this graph is quantized: it has no DequantizeLinear",
             "take patterns out of `quantize: {ignore: [...]}`, lower the budget, or build it in another precision",
@@ -218,15 +232,19 @@ def check(model: ir.Model, *, symmetric: bool) -> dict[str, int]:
         zero_point = node.inputs[2].const_value if len(node.inputs) > 2 and node.inputs[2] is not None else None
         if zero_point is None:
             continue
-        if zero_point.dtype.name != "INT8" or zero_point.numpy().any():
+        if zero_point.dtype.name not in ("INT8", "INT4") or zero_point.numpy().any():
             raise StageError(
                 f"symmetric int8 was asked for, but {node.name} has zero points of {zero_point.dtype.name} "
                 f"up to {abs(zero_point.numpy().astype(int)).max()}",
                 "use `quantize: {model_type: transformer}`, which NNCF quantizes symmetrically",
             )
-    weights = sum(node.inputs[0] is not None and node.inputs[0].is_initializer() for node in dequantize)
+    weights = [node.inputs[0] for node in dequantize if node.inputs[0] is not None and node.inputs[0].is_initializer()]
+    bits4 = sum(value.dtype is not None and value.dtype.name in ("INT4", "UINT4") for value in weights)
     run = [n for n in targets(graph) if any(i is not None and _comes_from(i, "DequantizeLinear") for i in n.inputs[:2])]
-    return {"operators": len(run), "activations": len(dequantize) - weights, "weights": weights}
+    return {
+        "operators": len(run) + integer, "activations": len(dequantize) - len(weights) + integer,
+        "weights": len(weights) + integer, "bits4": bits4,
+    }  # fmt: skip
 
 
 def _comes_from(value: ir.Value, op_type: str) -> bool:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sdcompile import metrics
 from sdcompile.errors import RecipeError, StageError
 from sdcompile.passes import pruning, resuming
-from sdcompile.passes.base import Pass, always
+from sdcompile.passes.base import Pass, always, by_modules
 from sdcompile.samples import Samples
 from sdcompile.spec import Job, Say
 
@@ -75,6 +75,12 @@ class Params(BaseModel):
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="Seed of the choice of rows.")
 
 
+def refuses(params: Params, modules: Mapping[str, str]) -> list[str]:
+    names = [f"{path}.{part}" for path in modules for part in ("weight", "bias")]
+    fault = _fault_of(names, params.layers)
+    return [f"layers: {fault}"] if fault else []
+
+
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Train the checkpoint in `inputs["checkpoint"]` towards `inputs["teacher"]`, into `out`."""
     params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
@@ -110,7 +116,11 @@ class _Training:
     def save(self, folder: Path) -> None:
         tensors = {"random": self.random.get_state()}
         for name, weight in self.trained.items():
-            tensors |= {f"weight/{name}": weight, f"average/{name}": self.average[name], f"best/{name}": self.best[name]}
+            tensors |= {
+                f"weight/{name}": weight,
+                f"average/{name}": self.average[name],
+                f"best/{name}": self.best[name],
+            }
             tensors |= {f"{key}/{name}": value for key, value in self.optimiser.state[weight].items()}
         resuming.save(folder, tensors, {"step": self.step, "since": self.since, "exams": self.exams})
 
@@ -232,17 +242,20 @@ def _examine(now: _Training, student: pruning.Subject, validation: Sequence[tupl
 
 def _trained(model: nn.Module, patterns: Sequence[str], field: str) -> dict[str, nn.Parameter]:
     """The parameters to train, as copies: the checkpoint's own are mapped and must not be written to."""
-    names = [name for name, _ in model.named_parameters()]
-    unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
-    if unmatched:
-        raise RecipeError(
-            f"{field}.layers: {', '.join(map(repr, unmatched))} matches no weight", f"weights are named as {names[0]}"
-        )
+    if fault := _fault_of([name for name, _ in model.named_parameters()], patterns):
+        raise RecipeError(f"{field}.layers: {fault}", "* stands for anything")
     chosen = {n: w for n, w in model.named_parameters() if any(fnmatchcase(n, p) for p in patterns)}
     for weight in chosen.values():
         weight.data = weight.data.clone()
         weight.requires_grad_(True)
     return chosen
+
+
+def _fault_of(names: Sequence[str], patterns: Sequence[str]) -> str:
+    unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+    if not unmatched:
+        return ""
+    return f"{', '.join(map(repr, unmatched))} matches no weight; they are named as {', '.join(names[:3])}, ..."
 
 
 def _share(step: int, steps: int) -> float:
@@ -360,6 +373,7 @@ PASS = Pass(
     revision=REVISION,
     params=Params,
     run=run,
+    refuses=by_modules(refuses),
     packages=("torch", "diffusers"),
     calibrates=always,
     teacher=True,

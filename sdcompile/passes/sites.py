@@ -12,7 +12,7 @@ reads them can be compensated exactly as a linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -103,18 +103,30 @@ def feed_forwards_of(model: nn.Module) -> Iterator[Site]:
             yield Site("feed_forward", name, f"{name}.net.2", (f"{name}.net.0.proj",), net[2].in_features, 1)
 
 
-def matching(sites: Sequence[Site], patterns: Sequence[str], field: str) -> list[Site]:
-    """The sites whose module matches one of `patterns` (shell-style: * and ?).
+_WRITERS = {"heads": ".to_q", "channels": ".conv2", "feed_forward": ".net.2"}
+"""Op of a site -> the layer by which its module is known among the names of all."""
 
-    Raises RecipeError naming each pattern that matches nothing.
-    """
-    unmatched = [p for p in patterns if not any(fnmatchcase(site.module, p) for site in sites)]
-    if unmatched:
-        names = ", ".join(site.module for site in sites[:3])
-        raise RecipeError(
-            f"{field}: {', '.join(map(repr, unmatched))} matches no layer that can be pruned",
-            f"layers are named as {names}, ...; * stands for anything",
-        )
+
+def names_of(op: str, paths: Iterable[str]) -> list[str]:
+    """The modules that sites of `op` have, of a model with weights at `paths`; those too small to lose any, too."""
+    return [path.removesuffix(_WRITERS[op]) for path in paths if path.endswith(_WRITERS[op])]
+
+
+def fault_of(names: Sequence[str], patterns: Sequence[str]) -> str:
+    """Which `patterns` (shell-style: * and ?) match none of the modules `names`; "" where each matches one."""
+    unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+    if not unmatched:
+        return ""
+    return (
+        f"{', '.join(map(repr, unmatched))} matches no layer that can be pruned; "
+        f"they are named as {', '.join(names[:3])}, ..."
+    )
+
+
+def matching(sites: Sequence[Site], patterns: Sequence[str], field: str) -> list[Site]:
+    """The sites whose module matches one of `patterns`. Raises RecipeError naming each that matches nothing."""
+    if fault := fault_of([site.module for site in sites], patterns):
+        raise RecipeError(f"{field}: {fault}", "* stands for anything")
     return [site for site in sites if any(fnmatchcase(site.module, p) for p in patterns)]
 
 

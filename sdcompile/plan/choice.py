@@ -5,27 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from sdcompile.backends import BACKENDS, Backend
 from sdcompile.families import Family
-from sdcompile.passes import PASSES, Pass, casts, quantization
-from sdcompile.passes.base import Setting
+from sdcompile.passes import PASSES, casts, quantization
+from sdcompile.plan.passing import Planned, faults_of_cast, faults_of_mode, place_of_quantize
+from sdcompile.plan.passing import planned as planned_pass
 from sdcompile.recipe import Recipe
-from sdcompile.spec import Precision, Shapes
-
-
-class Planned(NamedTuple):
-    """A pass and everything its `run` is told of by the recipe, defaults included."""
-
-    record: Pass
-    params: dict[str, Any]
-
-    @property
-    def calibrates(self) -> bool:
-        return self.record.calibrates(self.record.params.model_validate(self.params))
-
-    @property
-    def memory(self) -> tuple[float, float]:
-        return (self.record.measuring if self.calibrates else None) or self.record.memory
+from sdcompile.spec import Precision
 
 
 class Choice(NamedTuple):
@@ -108,7 +96,7 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
             f"components.{name}.prune: passes of the prune stage are for {family.denoiser}; {name} has no attention "
             "heads, resnets or blocks they know"
         )
-    passes = [_planned(PASSES[p], pruning[p]) for p in PASSES if p in pruning]
+    passes = [planned_pass(PASSES[p], pruning[p]) for p in PASSES if p in pruning]
     names = backend.realises.get(precision, ())
     quantizer, quantize = quantization(names), recipe.quantizing(name)
     told_cast = recipe.settings(name).cast
@@ -118,62 +106,28 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
         casting = {key: value for key, value in casting.items() if key == "keep_fp32"}
 
     def planned(passes: tuple[str, ...]) -> list[Planned]:
-        told = {p: {**backend.quantize, **quantize.params} if PASSES[p] is quantizer else {} for p in passes}
-        return [_planned(PASSES[p], casting if casts(PASSES[p]) else told[p]) for p in passes]
+        made = []
+        for record in (PASSES[p] for p in passes):
+            told = {**backend.quantize, **quantize.params} if record is quantizer else casting if casts(record) else {}
+            try:
+                made.append(planned_pass(record, told))
+            except ValidationError as error:
+                # Right in each place, but what a component says does not fit what the recipe says.
+                where = place_of_quantize(recipe, name)
+                faults.extend(f"{where}: {row['msg'].removeprefix('Value error, ')}" for row in error.errors())
+                made.append(planned_pass(record, {}))
+        return made
 
     passes += planned(names)
     if quantizer is None:
-        faults += _faults_of_cast(recipe, name, backend, precision, passes)
+        faults += faults_of_cast(recipe, name, backend, precision, passes)
         return Choice(backend, precision, params, tuple(passes), of_pruned=of_pruned)
     rest: Precision = quantize.rest or backend.rests[0]
     if rest not in backend.rests:
         where = f"components.{name}.quantize.rest" if own and own.quantize and own.quantize.rest else "quantize.rest"
         faults.append(f"{where}: beside int8, {backend.name} computes in {' or '.join(backend.rests)}, not in {rest}")
     passes += planned(backend.realises.get(rest, ()))
-    faults += _faults_of_cast(recipe, name, backend, rest, passes)
+    faults += faults_of_mode(backend, passes, place_of_quantize(recipe, name))
+    faults += faults_of_cast(recipe, name, backend, rest, passes)
     speedup = quantize.accept_if.speedup if quantize.accept_if else None
     return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, speedup, of_pruned)
-
-
-def _faults_of_cast(
-    recipe: Recipe, name: str, backend: Backend, precision: Precision, passes: list[Planned]
-) -> list[str]:
-    """What `cast:` of the component says to nobody, and an opset the cast cannot be written in."""
-    found = next((p.record for p in passes if casts(p.record)), None)
-    own = recipe.components.get(name)
-    faults = []
-    if own and own.cast and found is None:
-        takers = ", ".join(
-            b.name for b in BACKENDS.values() if any(casts(PASSES[p]) for row in b.realises.values() for p in row)
-        )
-        why = "fp32 is not cast" if precision == "fp32" else f"{backend.name} makes {precision} by itself"
-        faults.append(f"components.{name}.cast: {why}, so that this speaks to nothing; backends that cast: {takers}")
-    if own and own.cast and own.cast.from_samples and precision == "bf16" and found is not None:
-        faults.append(
-            f"components.{name}.cast.from_samples: bf16 has the range of fp32, so that nothing overflows in it"
-        )
-    if found is not None and recipe.opset < found.opset and "opset" in recipe.model_fields_set:
-        faults.append(
-            f"opset: {precision} of {name} needs opset {found.opset} or later, whose operators take it; this is "
-            f"{recipe.opset}"
-        )
-    return faults
-
-
-def faults_of_passes(
-    name: str, choice: Choice, config: Mapping[str, Any], shapes: Shapes, multiples: Mapping[str, int]
-) -> list[str]:
-    """What the passes of the prune stage refuse of this component's config and sizes."""
-    faults: list[str] = []
-    before: dict[str, Any] = {}
-    for planned in (p for p in choice.passes if p.record.stage == "prune"):
-        record, params = planned.record, planned.record.params.model_validate(planned.params)
-        found = record.refuses(params, Setting(config, shapes, multiples, dict(before)))
-        faults += [f"components.{name}.prune.{record.name}.{fault}" for fault in found]
-        before[record.name] = params
-    return faults
-
-
-def _planned(record: Pass, params: Mapping[str, Any]) -> Planned:
-    given = {key: value for key, value in params.items() if value is not None}
-    return Planned(record, record.params.model_validate(given).model_dump(mode="json"))

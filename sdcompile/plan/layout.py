@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from sdcompile.errors import RecipeError
 from sdcompile.families import FAMILIES, Family
+from sdcompile.passes.base import Setting
 from sdcompile.plan import memory, stepcaching
-from sdcompile.plan.choice import Choice, choose, faults_of_passes
+from sdcompile.plan.choice import Choice, choose
 from sdcompile.plan.draft import Draft, Road
 from sdcompile.plan.packaging import Way, package
+from sdcompile.plan.passing import faults_of_passes
 from sdcompile.plan.sampling import fitting, samplers
 from sdcompile.plan.steps import SOURCE, Machine, Plan
 from sdcompile.plan.verification import calibration, verification
@@ -44,16 +46,18 @@ def resolve(
     notes = list(source.notes)
     shapes = _collect(faults, lambda: family.shapes(recipe.shape_request, source.configs)) or {}
     names = recipe.wanted(family.required)
-    chosen = _chosen(recipe, family, source, tuple(name for name in names if name in specs), faults)
+    settings = {
+        name: Setting(
+            source.configs[family.folder(name, source.configs)], family.modules(name, source.configs), shapes,
+            facts["multiples"],
+        )
+        for name in names
+        if name in specs
+    }  # fmt: skip
+    chosen = _chosen(recipe, family, source, settings, faults)
     faults += _faults_of_defaults(recipe, shapes)
     for name in source.parts:
         faults += [f"components.{name}.source: {fault}" for fault in family.replaceable[name](source.configs)]
-    # What is made of the torch modules alone, pruning too, is the same for every target.
-    some = next(iter(chosen.values()))
-    if shapes:
-        for name, choice in some.items():
-            config = source.configs[family.folders[name]]
-            faults += faults_of_passes(name, choice, config, shapes, facts["multiples"])
     _refuse(recipe, faults)
 
     draft = Draft(family, source, machine)
@@ -78,6 +82,8 @@ def resolve(
         disk=4 << 20,
     )  # fmt: skip
 
+    # What is made of the torch modules alone is the same for every target.
+    some = next(iter(chosen.values()))
     tables = fitting(draft, recipe, some, shapes, {**checkpoints, "assets": assets, "tokenizer": tokenizer}, tables)
     shared = {"tokenizer": tokenizer, "tables": tables}
     reference = {**checkpoints, **shared}
@@ -107,18 +113,20 @@ def resolve(
 
 
 def _chosen(
-    recipe: Recipe, family: Family, source: Source, names: tuple[str, ...], faults: list[str]
+    recipe: Recipe, family: Family, source: Source, settings: Mapping[str, Setting], faults: list[str]
 ) -> dict[str, dict[str, Choice]]:
     """Target ("" where there is one for all) -> component -> what it is built with; adds to `faults` what cannot be."""
     chosen: dict[str, dict[str, Choice]] = {}
     for target, one in recipe.by_target().items():
         found: list[str] = []
-        chosen[target] = {name: choose(one, family, source.configs, name, found) for name in names}
+        chosen[target] = {name: choose(one, family, source.configs, name, found) for name in settings}
+        for name, choice in chosen[target].items() if settings[family.denoiser].shapes else ():
+            found += faults_of_passes(one, name, choice.passes, settings[name])
         found += [
             f"components.{name}: every target builds the same components; list it in the recipe's: components: "
             f"{{{name}: {{}}}}"
             for name in one.components
-            if name not in names and name not in recipe.components
+            if name not in settings and name not in recipe.components
         ]
         for line in found:
             field, _, text = line.partition(": ")

@@ -37,10 +37,14 @@ def words(item: Any, place: Place, fields: tuple[str, ...] | None = None) -> str
         return f"unknown field '{key}'{did_you_mean(key, fields if fields is not None else _siblings(place))}"
     if kind == "sdcompile":
         return str(item["ctx"]["text"])
+    if kind == "value_error":
+        return str(item["ctx"]["error"])
     if kind == "literal_error":
         if place == ("version",):
             return f"this sdcompile reads recipes of version 1, got {shown(value)}"
-        choices = PRECISIONS if key == "precision" else tuple(re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+        choices = (
+            PRECISIONS if key == "precision" else tuple(re.findall(r"[^\s',]+(?=')|\b\d+\b", item["ctx"]["expected"]))
+        )
         near = did_you_mean(value, choices) if isinstance(value, str) else ""
         return f"{shown(value)} is not one of {', '.join(choices)}{near if near.endswith('?') else ''}"
     limits = {

@@ -31,6 +31,9 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
 )  # fmt: skip
 
+_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"})
+"""Of weights, and of the positions that text encoders of old store beside them. What else there is, is quantized."""
+
 _LICENCE = re.compile(r"^(license(?:_name)?):[ \t]*(?:\n-[ \t]*)?(.+?)[ \t]*$", re.MULTILINE)
 
 Origin = Literal["builtin", "folder", "hub", "file"]
@@ -193,8 +196,11 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
             chosen.append(path)
             if name in folders and weights:
                 files, remarks = weights_in(tree, name, configs[name])
-                chosen += [*files, *(path for path in [f"{name}/{edits.FILE}"] if path in tree.sizes)]
+                chosen += files
                 notes += remarks
+                if (made := f"{name}/{edits.FILE}") in tree.sizes:
+                    chosen.append(made)
+                    notes += (f"{name}: the source is pruned already; what it computes now is what counts as right",)
                 if counted := parameters_in(tree, files):
                     parameters[name] = counted
         except SdcompileError as fault:
@@ -314,7 +320,14 @@ def check_safetensors(file: Path, name: str) -> dict[str, dict[str, Any]]:
         with file.open("rb") as opened:
             if opened.read(22) == b"version https://git-lf":
                 raise RecipeError(f"{name} is a Git LFS pointer, not the weights", "run `git lfs pull` in the source")
-        return checkpoint.safetensors_header(file)
+        header = checkpoint.safetensors_header(file)
+        narrow = {entry["dtype"] for entry in header.values()} - _DTYPES
+        if narrow:
+            raise RecipeError(
+                f"{name} holds {', '.join(sorted(narrow))}: it is quantized already",
+                "name the original weights as source",
+            )
+        return header
     except StageError as error:
         reason = error.message.removeprefix(f"{file.name} ")
     except (AttributeError, KeyError, TypeError) as error:

@@ -24,9 +24,9 @@ WEIGHTS = (
 )
 
 
-def safetensors(values: bytes, name: str = "weight") -> bytes:
-    """A whole safetensors file with one tensor of bytes."""
-    header = json.dumps({name: {"dtype": "U8", "shape": [len(values)], "data_offsets": [0, len(values)]}}).encode()
+def safetensors(values: bytes, name: str = "weight", dtype: str = "BOOL") -> bytes:
+    """A whole safetensors file with one tensor of one byte a value, which no test here computes with."""
+    header = json.dumps({name: {"dtype": dtype, "shape": [len(values)], "data_offsets": [0, len(values)]}}).encode()
     return len(header).to_bytes(8, "little") + header + values
 
 

@@ -124,6 +124,23 @@ def _rename(path: str, name: str) -> Callable[[Path], None]:
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
+@pytest.mark.parametrize("dtype", ["U8", "I8", "F8_E4M3"])
+def test_weights_that_are_quantized_already_are_refused(tmp_path, dtype):
+    """Also where no config says so: what bitsandbytes packs is U8, what is called fp8 is F8."""
+    root = layouts.write(tmp_path / "model")
+    (root / UNET).write_bytes(layouts.safetensors(b"packed", dtype=dtype))
+    with pytest.raises(RecipeError, match=rf"{UNET} holds {dtype}: it is quantized already"):
+        described("model", tmp_path)
+
+
+def test_a_source_that_is_pruned_already_is_said_to_be(tmp_path):
+    root = layouts.write(tmp_path / "model")
+    assert described("model", tmp_path).notes == ()
+    (root / "unet" / "edits.json").write_text('{"version": 1, "edits": []}')
+    (note,) = described("model", tmp_path).notes
+    assert note == "unet: the source is pruned already; what it computes now is what counts as right"
+
+
 @pytest.mark.parametrize(
     ("damage", "message", "hint"),
     [
