@@ -34,7 +34,9 @@ from sdcompile.spec import Say, say_nothing
 FORMAT = 1
 _GIB = 1 << 30
 _PROMPTS = 64
-_PARTS = ("text_encoder_s", "denoise_s", "vae_s", "open_s")
+_PARTS = ("text_encoder_s", "denoise_s", "call_s", "vae_s", "open_s")
+_RATIOS = ("image_s", "cpu_s", "call_s")
+"""Figures that contenders are compared by; `call_s`, an image's median call of the denoiser, only bundles tell."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ def _row(contender: Contender, record: _Record, base: _Record, reference: _Recor
         "gpu_bytes": record.gpu_bytes,
         "energy_j": figures.summary(record.joules),
         "export": record.export,
-        "ratio": {name: ratio(name) for name in ("image_s", "cpu_s")},
+        "ratio": {name: ratio(name) for name in _RATIOS if name in record.values and name in base.values},
         "psnr_db": _psnr_db(reference.picture, record.picture),
     }
 

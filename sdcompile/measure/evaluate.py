@@ -163,7 +163,7 @@ def judge(
         "digest": bundle.digest(folder),
         "request": request.as_json(),
         "prompts": len(prompts),
-        "figures": {name: _mean(values) for name, values in measured.items() if values},
+        "figures": {name: mean_of(values) for name, values in measured.items() if values},
         "sets": _sets(pictures, prompts, reference, features, real),
         "worst": sorted(rows, key=_badness)[:_WORST],
         "pictures": rows,
@@ -194,7 +194,8 @@ def _badness(row: Mapping[str, Any]) -> tuple[float, float]:
     return row.get("alignment", 0.0), row.get("psnr_db", 0.0)
 
 
-def _mean(values: Sequence[float]) -> dict[str, float]:
+def mean_of(values: Sequence[float]) -> dict[str, float]:
+    """The mean of `values`, its standard error and the least of them."""
     array = np.asarray(values, float)
     error = float(array.std(ddof=1) / len(array) ** 0.5) if len(array) > 1 else 0.0
     return {"mean": round(float(array.mean()), 5), "error": round(error, 5), "min": round(float(array.min()), 5)}

@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompile import __version__, recipe, run
+from sdcompile import __version__, bundle, recipe, run
 from sdcompile.errors import RecipeError, SdcompileError
+from sdcompile.families import FAMILIES
 from sdcompile.measure import layers
 from sdcompile.measure.bench import Settings, bench
 from sdcompile.measure.contenders import Ask
-from sdcompile.measure.evaluate import Asked, evaluate, named
+from sdcompile.measure.evaluate import Asked, evaluate, mean_of, named
 from sdcompile.measure.writing import write_json
 from sdcompile.spec import Say
 
@@ -81,11 +82,10 @@ def measure_layers(
         bundles, [_sources(layer) for layer in planned], asked, store, offline=offline, output=folder,
         say=named(say, "eval"),
     )  # fmt: skip
+    first, figure = judged["bundles"][0], experiment.pick.figure
     rows = [
-        _row(layer, bundle, seconds, quality)
-        for layer, bundle, seconds, quality in zip(
-            planned, bundles, timed["contenders"], judged["bundles"], strict=True
-        )
+        {**_row(layer, made, seconds, quality), "change": change(first, quality, figure)}
+        for layer, made, seconds, quality in zip(planned, bundles, timed["contenders"], judged["bundles"], strict=True)
     ]
     front = pareto(rows, experiment.pick.figure)
     for row in rows:
@@ -111,14 +111,34 @@ def _sources(layer: layers.Planned) -> list[str]:
     return named
 
 
-def _row(layer: layers.Planned, bundle: Path, seconds: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any]:
+def _row(layer: layers.Planned, folder: Path, seconds: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "name": layer.name, "bundle": bundle.name, "sets": list(layer.sets),
+        "name": layer.name, "bundle": folder.name, "sets": list(layer.sets),
         "image_s": seconds["figures"]["image_s"], "ratio": seconds["ratio"]["image_s"],
-        "peak_bytes": seconds["peak_bytes"],
-        "disk_bytes": sum(path.stat().st_size for path in (bundle / "components").rglob("*") if path.is_file()),
+        "peak_bytes": seconds["peak_bytes"], "denoiser": _denoiser(folder, seconds),
+        "disk_bytes": sum(path.stat().st_size for path in (folder / "components").rglob("*") if path.is_file()),
         "call": seconds["call"], "sampler": seconds["sampler"], "quality": quality["figures"],
     }  # fmt: skip
+
+
+def _denoiser(folder: Path, seconds: Mapping[str, Any]) -> dict[str, Any]:
+    """Time of one call over the first layer's, bytes, and lowest SNR in verification (None where nothing verified)."""
+    manifest = bundle.read(folder)
+    name = FAMILIES[manifest.family].denoiser
+    size = sum(entry.bytes for path, entry in manifest.files.items() if path.startswith(f"components/{name}/"))
+    worst = (manifest.components[name].verification or {}).get("worst", {})
+    return {"ratio": seconds["ratio"].get("call_s"), "bytes": size, "snr_db": worst.get("snr_db")}
+
+
+def change(first: Mapping[str, Any], other: Mapping[str, Any], figure: str) -> dict[str, float] | None:
+    """Mean change of `figure` from `first` to `other`, results of `judge`, picture by picture, and its standard error.
+
+    None where a picture has no such figure.
+    """
+    pairs = [(a.get(figure), b.get(figure)) for a, b in zip(first["pictures"], other["pictures"], strict=True)]
+    if any(a is None or b is None for a, b in pairs):
+        return None
+    return mean_of([b - a for a, b in pairs])
 
 
 def quality_of(row: Mapping[str, Any], figure: str) -> float:

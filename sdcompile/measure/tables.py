@@ -71,12 +71,13 @@ def bench(result: Result) -> list[Table]:
 
 def _details(rows: Sequence[Result]) -> Table:
     sizes = sorted({int(size) for row in rows for size in row["images_per_s"]})
-    columns = ("", "quartiles s/image", "CPU s/image", "first image s", "load s", "anonymous GiB",
-               *(f"images/s at {size}" for size in sizes))  # fmt: skip
+    columns = ("", "quartiles s/image", "CPU s/image", "s/denoiser call", "x", "first image s", "load s",
+               "anonymous GiB", *(f"images/s at {size}" for size in sizes))  # fmt: skip
     body = tuple(
         (
             row["name"], f"{number(row['figures']['image_s']['low'])} to {number(row['figures']['image_s']['high'])}",
-            _median(row, "cpu_s"), _median(row, "first_image_s"), _median(row, "load_s"),
+            _median(row, "cpu_s"), _median(row, "call_s"), _ratio(row["ratio"].get("call_s")),
+            _median(row, "first_image_s"), _median(row, "load_s"),
             f"{row['anonymous_bytes'] / _GIB:.2f}",
             *(number(row["images_per_s"][str(n)]["median"]) if str(n) in row["images_per_s"] else "-" for n in sizes),
         )
@@ -158,20 +159,26 @@ def experiment(result: Result) -> list[Table]:
     body = tuple(
         (
             f"{'> ' if row['name'] == chosen['layer'] else ''}{row['name']}{' *' if row['on_front'] else ''}",
-            _ratio(row["ratio"]), number(row["image_s"]["median"]), f"{row['peak_bytes'] / _GIB:.2f}",
-            f"{row['disk_bytes'] / 2**20:.1f}", *(_mean(row["quality"].get(name)) for name in figures),
+            _ratio(row["ratio"]), number(row["image_s"]["median"]), _ratio(row["denoiser"]["ratio"]),
+            f"{row['peak_bytes'] / _GIB:.2f}", f"{row['disk_bytes'] / 2**20:.1f}",
+            f"{row['denoiser']['bytes'] / 2**20:.1f}", _short(row["denoiser"]["snr_db"]),
+            *(_mean(row["quality"].get(name)) for name in figures[:1]), _mean(row["change"]),
+            *(_mean(row["quality"].get(name)) for name in figures[1:]),
         )
         for row in rows
     )  # fmt: skip
     host = result["host"]
     notes = (
         f"{host['cpu']}, {result['bench']['settings']['threads']} threads; x = time per image over the first layer's, "
-        "with 95 % intervals; * = on the Pareto front of time and "
-        f"{QUALITY[chosen['figure']]}.",
+        "with 95 % intervals; denoiser x = the same of one call of the denoiser, SNR = its worst in verification; "
+        f"change = of {QUALITY[chosen['figure']]} from the first layer's, picture by picture; "
+        f"* = on the Pareto front of time and {QUALITY[chosen['figure']]}.",
         f"Picked: {chosen['layer']}, the fastest with {QUALITY[chosen['figure']]} of at least "
         f"{chosen['at_least']:g} x the first layer's.",
     )
-    columns = ("layer", "x", "s/image", "peak GiB", "engines MiB", *(QUALITY[name] for name in figures))
+    first, *others = (QUALITY[name] for name in figures)
+    columns = ("layer", "x", "s/image", "denoiser x", "peak GiB", "engines MiB", "denoiser MiB", "SNR dB",
+               first, "change", *others)  # fmt: skip
     return [Table(f"Experiment {result['name']}", columns, body, notes)]
 
 
@@ -194,7 +201,9 @@ def _asked(row: Result) -> str:
     )
 
 
-def _ratio(ratio: Result) -> str:
+def _ratio(ratio: Result | None) -> str:
+    if ratio is None:
+        return "-"
     if ratio["low"] == ratio["high"]:
         return f"{ratio['median']:.2f}"
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"

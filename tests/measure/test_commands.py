@@ -223,6 +223,14 @@ def test_an_experiment_leaves_bundles_pictures_figures_and_a_page(desk, study):
     assert {path.name for path in (study / "bundles").iterdir()} == {"study-00-ddim.sdc", "study-01-euler.sdc"}
     told = json.loads((study / "experiment.json").read_text())
     assert told["layers"][1]["sampler"] == "euler"
+    first, second = told["layers"]
+    assert first["denoiser"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert second["denoiser"]["ratio"]["median"] > 0
+    assert 0 < first["denoiser"]["bytes"] < first["disk_bytes"]
+    assert first["change"]["mean"] == 0
+    assert second["change"]["mean"] == pytest.approx(
+        second["quality"]["alignment"]["mean"] - first["quality"]["alignment"]["mean"], abs=1e-4
+    )
     assert (study / "study-01-euler" / "001.png").is_file()
     assert "Experiment study" in (desk.folder / "study.md").read_text()
     page = (study / "report.html").read_text()

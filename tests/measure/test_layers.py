@@ -87,6 +87,14 @@ def test_the_fastest_good_enough_layer_is_picked(at_least, name):
     assert experiment.pick(ROWS, layers.Pick(at_least=at_least)) == name
 
 
+def test_a_change_is_taken_picture_by_picture():
+    first = {"pictures": [{"alignment": 1.0}, {"alignment": 0.5}, {"alignment": 0.9}]}
+    other = {"pictures": [{"alignment": 0.9}, {"alignment": 0.4}, {"alignment": 0.8}]}
+    assert experiment.change(first, other, "alignment") == {"mean": -0.1, "error": 0.0, "min": -0.1}
+    assert experiment.change(first, first, "alignment") == {"mean": 0.0, "error": 0.0, "min": 0.0}
+    assert experiment.change(first, other, "psnr_db") is None
+
+
 def test_a_pick_by_something_unmeasured_or_out_of_reach_is_refused():
     with pytest.raises(RecipeError, match="has no ssim to choose by"):
         experiment.pick(ROWS, layers.Pick(figure="ssim"))
