@@ -124,7 +124,7 @@ def build(src: Path, out: Path, job: Job) -> None:
     measured: dict[str, Any] = {}
     if job.precision == "int8":
         job.say("opening the engine, to see what runs in int8", None)
-        measured["int8_operators"] = _int8_operators(out / "model.onnx", job)
+        measured |= _integer_operators(out / "model.onnx", job)
     write_card(out, card_from_job(BACKEND.name, job, measured))
     options = Options.model_validate(dict(job.params.get("options") or {}))
     if options.device != "tensorrt":
@@ -141,8 +141,8 @@ def build(src: Path, out: Path, job: Job) -> None:
         )
 
 
-def _int8_operators(path: Path, job: Job) -> int:
-    """How many operators of the graph, as ONNX Runtime rewrites it, compute on integers.
+def _integer_operators(path: Path, job: Job) -> dict[str, int]:
+    """How many operators of the graph, as ONNX Runtime rewrites it, compute on 8-bit integers, and read 4-bit weights.
 
     Raises StageError when activations are quantized and none does, or weights have 4 bits and no kernel reads those.
     """
@@ -154,7 +154,8 @@ def _int8_operators(path: Path, job: Job) -> int:
         _session(path, options, Host(), optimized=optimized)
         kinds = [node.op_type for node in onnx.load(optimized, load_external_data=False).graph.node]
     found = sum(kind in _INT8_KERNELS for kind in kinds)
-    if _has_bits4(path) and "MatMulNBits" not in kinds:
+    narrow = kinds.count("MatMulNBits")
+    if _has_bits4(path) and not narrow:
         raise StageError(
             f"{job.component}: weights have 4 bits, but ONNX Runtime would widen them all when it opens the engine",
             "build it with `build: {graph_optimization: all}`, or with `quantize: {bits: 8}`",
@@ -164,7 +165,7 @@ def _int8_operators(path: Path, job: Job) -> int:
             f"{job.component}: the graph is quantized, but ONNX Runtime runs none of it in int8",
             "this is no gain: build it in another precision, or with `build: {graph_optimization: all}`",
         )
-    return found
+    return {"int8_operators": found, "int4_weights": narrow}
 
 
 def _has_bits4(path: Path) -> bool:
@@ -302,10 +303,10 @@ class OnnxRuntimeEngine:
         self.facts: Mapping[str, Any] = {
             "device": device,
             "provider": session.get_providers()[0],
-            "precision": _computed_in(card.precision, device),
+            "precision": _computed_in(card, device),
             "asked": card.precision,
             "threads": session.get_session_options().intra_op_num_threads or None,
-            **({"int8_operators": card.measured["int8_operators"]} if card.precision == "int8" else {}),
+            **card.measured,
         }
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -331,14 +332,17 @@ class OnnxRuntimeEngine:
         self._session = None
 
 
-def _computed_in(precision: str, device: str) -> str:
-    """What the arithmetic is done in: the CPU provider casts to fp32 where it has no fp16 kernel.
+def _computed_in(card: Card, device: str) -> str:
+    """What the arithmetic is done in: the CPU provider casts to fp32 where it has no fp16 kernel, and so it does
+    where weights alone are integers.
 
-    On x86 it has none for what diffusion models are made of; on Arm it has some.
+    On x86 it has no fp16 kernels for what diffusion models are made of; on Arm it has some.
     """
-    if precision == "fp16" and device == "cpu":
+    if card.precision == "fp16" and device == "cpu":
         return "fp32" if platform.machine().lower() in {"x86_64", "amd64"} else "mixed"
-    return precision
+    if card.precision == "int8" and not card.measured["int8_operators"]:
+        return "fp32"
+    return card.precision
 
 
 BACKEND = Backend(

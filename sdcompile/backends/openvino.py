@@ -113,10 +113,9 @@ def _float(job: Job | Card) -> str:
 def _check_int8(core: ov.Core, folder: Path, card: Card) -> None:
     """Raise StageError when a model with quantized activations would compute nothing in int8."""
     engine = OpenVinoEngine(core, folder, card, Host(), shape_mode=card.measured["shape_mode"], hint=_float(card))
-    found = engine.facts["int8_operators"]
-    quantized = any(op.get_type_name() == "FakeQuantize" for op in core.read_model(folder / "model.xml").get_ops())
+    found = engine.facts.get("int8_operators")
     engine.close()
-    if quantized and not found:
+    if found == 0:
         raise StageError(
             f"{card.component}: the graph is quantized, but OpenVINO runs no convolution or product of it in int8",
             "this is no gain: build it in another precision, or ignore fewer modules (`quantize: {ignore: ...}`)",
@@ -273,7 +272,7 @@ class OpenVinoEngine:
             raise StageError(f"{self._card.component}: OpenVINO cannot compile the model: {reason(error)}") from error
         # While its mapping is released during later calls, the model that owns it must live.
         self._model = model
-        self._facts = self._facts_of(compiled)
+        self._facts = self._facts_of(model, compiled)
         self._requests[key] = compiled.create_infer_request()
         return self._requests[key]
 
@@ -308,17 +307,18 @@ class OpenVinoEngine:
         units = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return "fp32" if self._hint == "fp16" and "FP16" not in units else self._hint
 
-    def _facts_of(self, compiled: ov.CompiledModel) -> dict[str, Any]:
+    def _facts_of(self, model: ov.Model, compiled: ov.CompiledModel) -> dict[str, Any]:
         computed = _NAMES[compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()]
-        int8 = (
-            {"int8_operators": graphs.int8_operators(compiled), "rest": computed}
-            if self._card.precision == "int8"
-            else {}
-        )
+        integers: dict[str, Any] = {}
+        if self._card.precision == "int8":
+            # Weights alone are widened inside the products, which compute in floats.
+            what = "operators" if graphs.has_quantized_activations(model) else "weights"
+            found = graphs.integer_operators(compiled)
+            integers = {f"{kind}_{what}": count for kind, count in found.items()} | {"rest": computed}
         return {
             "device": "CPU",
-            "precision": "int8" if int8.get("int8_operators") else computed,
-            **int8,
+            "precision": "int8" if integers.get("int8_operators") else computed,
+            **integers,
             "asked": self._card.precision,
             "weights": self._card.measured["weights"],
             "execution_mode": str(compiled.get_property("EXECUTION_MODE_HINT")).rpartition(".")[2].lower(),

@@ -38,11 +38,19 @@ def _largest(chunk: np.ndarray) -> float:
     return max(float(chunk.max()), -float(chunk.min()))
 
 
-def int8_operators(compiled: ov.CompiledModel) -> int:
-    """How many of the compiled model's convolutions and products run on 8-bit integers."""
-    found = 0
+def has_quantized_activations(model: ov.Model) -> bool:
+    return any(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
+
+
+def integer_operators(compiled: ov.CompiledModel) -> dict[str, int]:
+    """How many of the compiled model's convolutions and products take integers of 8 and of 4 bits.
+
+    Of a model whose activations are quantized they run on them; else they read such weights.
+    """
+    found = {"int8": 0, "int4": 0}
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
         kind, precision = (str(info[key].value) if key in info else "" for key in ("layerType", "runtimePrecision"))
-        found += kind in _PRODUCTS and precision in ("i8", "u8")
+        if kind in _PRODUCTS and precision[1:] in ("8", "4"):
+            found[f"int{precision[1:]}"] += 1
     return found

@@ -219,6 +219,49 @@ def test_weights_in_four_bits_are_read_by_kernels_of_both_engines(form, recorded
     assert metrics.snr_db(sample.outputs["out_sample"], first) < 35, "the sibling: the float graph is another function"
 
 
+def engine(backend: str, source: Path, out: Path, **options: object):
+    """The engine of `backend` on the ONNX in `source`."""
+    from sdcompile.backends import BACKENDS, Host
+    from sdcompile.spec import ComponentSpec, Range, TensorSpec
+
+    ends = [TensorSpec(name, ("R", 4, WIDTH), "float32") for name in ("sample", "out_sample")]
+    job = Job(
+        "unet", {"family": "sd", "options": options, "rest": "fp32"}, "int8",
+        ComponentSpec("unet", (ends[0],), (ends[1],)), {"R": Range(2, 2, 2)},
+    )  # fmt: skip
+    out.mkdir()
+    BACKENDS[backend].build(source, out, job)
+    return BACKENDS[backend].open(out, Host())
+
+
+FOUR = {"mode": "weights", "bits": 4, "group_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("backend", "params", "precision", "count"),
+    [
+        ("openvino", {}, "int8", "int8_operators"),
+        ("openvino", {"mode": "weights"}, "fp32", "int8_weights"),
+        ("openvino", FOUR, "fp32", "int4_weights"),
+        ("onnxruntime", {}, "int8", "int8_operators"),
+        ("onnxruntime", {"mode": "weights"}, "fp32", ""),
+        ("onnxruntime", {"mode": "dynamic"}, "int8", "int8_operators"),
+        ("onnxruntime", FOUR, "fp32", "int4_weights"),
+    ],
+)
+def test_engines_say_what_they_compute_in(form, recorded, tmp_path, backend, params, precision, count):
+    quantize(form, recorded, tmp_path / "onnx", **params)
+    facts = engine(backend, tmp_path / "onnx", tmp_path / "engine").facts
+    assert facts["precision"] == precision
+    assert not count or facts[count] == len(LAYERS)
+
+
+def test_four_bits_that_would_be_widened_are_refused(form, recorded, tmp_path):
+    quantize(form, recorded, tmp_path / "onnx", **FOUR)
+    with pytest.raises(StageError, match="ONNX Runtime would widen them all"):
+        engine("onnxruntime", tmp_path / "onnx", tmp_path / "engine", graph_optimization="disable")
+
+
 def test_layers_that_groups_do_not_divide_get_eight_bits(form, recorded, tmp_path):
     with pytest.raises(StageError, match="groups of 32 divide, so none can have 4 bits"):
         quantize(form, recorded, tmp_path / "out", mode="weights", bits=4, group_size=32)
