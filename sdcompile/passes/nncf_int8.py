@@ -67,7 +67,7 @@ class Params(BaseModel):
     )
     symmetric: bool = Field(
         default=False,
-        description="Zero point 0 only: of int8 activations all that TensorRT takes, of 4-bit weights a bit smaller.",
+        description="int8 activations, and 4-bit weights, with zero point 0 only, which is all that TensorRT takes.",
     )
     model_type: Literal["transformer", "any"] = Field(
         default="transformer",
