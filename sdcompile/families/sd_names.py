@@ -5,7 +5,7 @@ Pure, so that a plan can say that a pattern matches nothing. Held to diffusers a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 Kind = Literal["conv", "linear", "norm", "embedding"]
@@ -14,6 +14,7 @@ Named = Iterator[tuple[str, Kind]]
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 _MID = "UNetMidBlock2DCrossAttn"
+_VAE = "AutoencoderKL"
 _PLAIN = {
     "resnet_time_scale_shift": "default", "only_cross_attention": False, "dual_cross_attention": False,
     "attention_type": "default", "time_embedding_type": "positional", "addition_embed_type": None,
@@ -27,28 +28,23 @@ def modules(component: str, configs: Mapping[str, Mapping[str, Any]]) -> dict[st
 
     Paths are as the passes' patterns write them: without the name of the whole ("unet", "decoder", "text_model").
     """
-    if component == "unet":
-        return _known(_unet, configs["unet"])
-    if component == "text_encoder":
-        return dict(_text_encoder(configs["text_encoder"]))
-    if component not in ("vae_decoder", "vae_encoder"):
-        return None
+    named, folder = _NAMED.get(component, (_nothing_known, "unet"))
     # A decoder from a source of its own may be of another class.
-    config = configs.get(component, configs["vae"])
-    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+    config = configs.get(component, configs[folder])
+    if folder == "vae" and config.get("_class_name", _VAE) != _VAE:
         return None
-    return _known(_decoder if component == "vae_decoder" else _encoder, config)
+    try:
+        return dict(named(config))
+    except (_Unknown, KeyError):
+        return None
 
 
 class _Unknown(Exception):  # noqa: N818 - no fault: the config is of a model that nobody named here
     pass
 
 
-def _known(named: Any, config: Mapping[str, Any]) -> dict[str, Kind] | None:
-    try:
-        return dict(named(config))
-    except (_Unknown, KeyError):
-        return None
+def _nothing_known(config: Mapping[str, Any]) -> Named:
+    raise _Unknown
 
 
 def _per_block(value: Any, count: int) -> list[Any]:
@@ -174,3 +170,12 @@ def _text_encoder(config: Mapping[str, Any]) -> Named:
         yield from ((f"{at}.layer_norm1", "norm"), (f"{at}.layer_norm2", "norm"))
         yield from ((f"{at}.mlp.fc1", "linear"), (f"{at}.mlp.fc2", "linear"))
     yield "final_layer_norm", "norm"
+
+
+_NAMED: dict[str, tuple[Callable[[Mapping[str, Any]], Named], str]] = {
+    "unet": (_unet, "unet"),
+    "text_encoder": (_text_encoder, "text_encoder"),
+    "vae_decoder": (_decoder, "vae"),
+    "vae_encoder": (_encoder, "vae"),
+}
+"""Component -> (config -> its modules, folder of that config)."""
