@@ -72,7 +72,11 @@ class Family:
 
     def fields(self, component: str) -> tuple[str, ...]:
         """Recipe fields that `component` understands, of those that not every component does."""
-        return (*self.params.get(component, ()), *(("source",) if component in self.replaceable else ()))
+        return (
+            *self.params.get(component, ()),
+            *(("source",) if component in self.replaceable else ()),
+            *(("step_cache",) if component == self.denoiser else ()),
+        )
 
 
 def _record(module: Any) -> Family:

@@ -182,7 +182,7 @@ def of_peer(name: str, like: Contender, model: Mapping[str, Path], scratch: Path
             f"{name} does not know {', '.join(own)}: it would answer another request",
             "measure a bundle without it, or leave --vs out; another sampler: --sampler NAME",
         )
-    call = {key: value for key, value in like.job["call"].items() if key != "step_cache"}
+    call = {key: value for key, value in like.job.get("call", {}).items() if key != "step_cache"}
     job = {
         **like.job, "call": call, "kind": name, "source": str(source.resolve()), "scheduler": sampler.scheduler,
         "scheduler_config": sampler.config, "exported": str(scratch / row.export) if row.export else None,

@@ -101,7 +101,7 @@ def reference_recipe(manifest: Manifest, recipe: Mapping[str, Any]) -> Recipe:
     """
     family = FAMILIES[manifest.family]
     components = {
-        name: {key: value for key, value in row.items() if key in family.fields(name)}
+        name: _without_step_cache({key: value for key, value in row.items() if key in family.fields(name)})
         for name, row in recipe.get("components", {}).items()
         if name != family.shallow
     }

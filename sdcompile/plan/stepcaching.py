@@ -19,9 +19,6 @@ def specs_of(
     recipe: Recipe, family: Family, configs: Mapping[str, Any], specs: Mapping[str, ComponentSpec], faults: list[str]
 ) -> Mapping[str, ComponentSpec]:
     """The components' specs with step caching as `recipe` asks for it; adds to `faults` what cannot be."""
-    for name, own in recipe.components.items():
-        if own.step_cache is not None and name != family.denoiser:
-            faults.append(f"components.{name}.step_cache: only {family.denoiser} is called at every step")
     if family.shallow in recipe.components and recipe.components[family.shallow].prune:
         faults.append(
             f"components.{family.shallow}.prune: it is cut from {family.denoiser}; prune that, and both are pruned"

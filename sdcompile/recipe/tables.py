@@ -19,7 +19,7 @@ from sdcompile.recipe.yamltext import Place
 
 Faults = Iterator[tuple[Place, str]]
 
-SOME_HAVE = {"clip_skip": "clip_skip", "source": "source of its own"}
+SOME_HAVE = {"clip_skip": "clip_skip", "source": "source of its own", "step_cache": "steps to cache"}
 """Fields that only some components understand (`Family.fields`), in words."""
 
 
