@@ -229,6 +229,14 @@ def test_a_target_this_machine_cannot_build_stops_the_build_before_it_starts(pla
     assert "build without tensorrt_rtx:sm89, tensorrt_rtx:portable" in caught.value.hint
 
 
+def test_a_provider_this_machine_has_not_is_no_step_that_it_can_take(plan):
+    cuda = "targets.3={name: cuda, backend: onnxruntime, build: {provider: cuda}}"
+    assert plan(cuda)["unet.compile.onnxruntime@cuda"].cannot.startswith("provider cuda is not installed here (pip ")
+    there = {**MACHINE.probes, "onnxruntime": Probe(True, version="1.0", devices=("cpu", "cuda"))}
+    assert not plan(cuda, on=replace(MACHINE, probes=there))["unet.compile.onnxruntime@cuda"].cannot
+    assert not plan()["unet.compile.onnxruntime@onnxruntime"].cannot
+
+
 def test_falling_back_changes_the_one_target_that_failed(tmp_path):
     found = recipe(tmp_path).in_precision("unet", "fp32", "tensorrt_rtx:portable").by_target()
     assert [one.effective("unet").precision for one in found.values()] == ["fp16", "fp32", "bf16", "fp32"]

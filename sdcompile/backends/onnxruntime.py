@@ -107,6 +107,14 @@ def refuses(precision: Precision, options: BaseModel) -> list[str]:
     return []
 
 
+def lacks(found: Probe, options: BaseModel) -> str:
+    """The provider that is asked for and not installed here."""
+    assert isinstance(options, Options)
+    if options.device == "cpu" or options.device in found.devices:
+        return ""
+    return f"provider {options.device} is not installed here (pip install 'sdcompile[onnxruntime-gpu]')"
+
+
 def export(options: BaseModel) -> Mapping[str, Any]:
     """The fused attention of ONNX Runtime's own providers; TensorRT knows no such operator and fuses its parts."""
     assert isinstance(options, Options)
@@ -353,6 +361,7 @@ BACKEND = Backend(
     probe=probe,
     build=build,
     open=open_engine,
+    lacks=lacks,
     fits=fits_here,
     export=export,
     refuses=refuses,
