@@ -193,6 +193,10 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
             "components: {unet: {cast: {keep_fp16: [Softmax]}}}",
             "components.unet.cast.keep_fp16: unknown field 'keep_fp16', did you mean 'keep_fp32'?",
         ),
+        (
+            "components: {unet: {cast: {from_samples: yes}}}",
+            "components.unet.cast.from_samples: expected true or false, got 'yes'",
+        ),
         ("components: {unet: {cast: {keep_fp32: Softmax}}}", "components.unet.cast.keep_fp32: expected a list"),
         (
             "components: {unet: {cast: {headroom: 4}}}",

@@ -23,7 +23,8 @@ class Engine(Protocol):
     """A component that runs: arrays in, arrays out.
 
     `facts` tells what really runs ({"device": "CPU", "precision": "fp32", ...}), which may
-    differ from what was asked. Feeds are never changed; outputs belong to the caller.
+    differ from what was asked. Feeds are never changed, and those that stay the same from call to
+    call may be read-only; outputs belong to the caller.
     """
 
     inputs: tuple[TensorSpec, ...]

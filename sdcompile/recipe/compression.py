@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from sdcompile.errors import RecipeError
-from sdcompile.recipe.fields import MAX_STEPS, Number, Part, String, Whole, fault, shown
+from sdcompile.recipe.fields import MAX_STEPS, Number, Part, String, Truth, Whole, fault, shown
 
 PruneParams = dict[str, dict[str, Any]]
 """Name of a pass of the prune stage -> its parameters."""
@@ -80,7 +80,7 @@ class CastRecipe(Part):
         description="Operators (`Softmax`), nodes (`decoder.conv_out/*`) or modules (`up_blocks.3.**.norm1`) to "
         "keep in float32. A pattern that matches nothing is an error.",
     )
-    from_samples: bool | None = Field(
+    from_samples: Truth | None = Field(
         default=None,
         description="fp16 only: run calibration samples, and keep what makes or reads a value beyond fp16. Unset = no.",
     )

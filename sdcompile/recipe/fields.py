@@ -56,6 +56,12 @@ def _whole(value: Any) -> int:
     return value
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise fault(f"expected true or false, got {shown(value)}")
+    return value
+
+
 def _finite(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise fault(f"expected a number, got {shown(value)}")
@@ -156,6 +162,7 @@ def _component_source(value: str) -> str:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+Truth = Annotated[bool, BeforeValidator(_truth)]
 Number = Annotated[float, BeforeValidator(_finite)]
 String = Annotated[str, BeforeValidator(_text)]
 FileName = Annotated[String, AfterValidator(_file_name)]

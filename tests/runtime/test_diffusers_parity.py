@@ -47,7 +47,7 @@ class TorchEngine:
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            return {self.name: self.run(**{k: torch.from_numpy(v) for k, v in feeds.items()}).numpy()}
+            return {self.name: self.run(**{k: torch.tensor(v) for k, v in feeds.items()}).numpy()}
 
     def close(self) -> None:
         pass
