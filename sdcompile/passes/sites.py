@@ -103,13 +103,13 @@ def feed_forwards_of(model: nn.Module) -> Iterator[Site]:
             yield Site("feed_forward", name, f"{name}.net.2", (f"{name}.net.0.proj",), net[2].in_features, 1)
 
 
-_WRITERS = {"heads": ".to_q", "channels": ".conv2", "feed_forward": ".net.2"}
-"""Op of a site -> the layer by which its module is known among the names of all."""
+_MARKS = {"heads": ".to_q", "channels": ".conv2", "feed_forward": ".net.2"}
+"""Op of a site -> the layer by which its module is told from others where names are all there is."""
 
 
 def names_of(op: str, paths: Iterable[str]) -> list[str]:
     """The modules that sites of `op` have, of a model with weights at `paths`; those too small to lose any, too."""
-    return [path.removesuffix(_WRITERS[op]) for path in paths if path.endswith(_WRITERS[op])]
+    return [path.removesuffix(_MARKS[op]) for path in paths if path.endswith(_MARKS[op])]
 
 
 def fault_of(names: Sequence[str], patterns: Sequence[str]) -> str:

@@ -63,61 +63,76 @@ def quantize_at_run_time(source: Path, target: Path, ignored: Collection[str]) -
     A layer's input gets one scale and zero point for each call (DynamicQuantizeLinear), its weight one scale per
     output. Convolutions stay in float: ONNX Runtime's ConvInteger took three times as long on the tiny model.
     """
-    import numpy as np
     import onnx_ir as ir
 
     model = qdq.load(source)
-    graph = model.graph
-    read: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-    found = 0
-    for node, weight, values in _weighted(model, ignored):
-        if node.op_type not in ("MatMul", "Gemm") or values.ndim != 2 or not _is_plain(node):
-            continue
-        matrix = values.T if _is_transposed(node) else values
-        scale, zero_point = per_channel(matrix, 1)
-        integers = qdq.quantized(matrix, scale, zero_point, 1)
-        given = node.inputs[0]
-        assert given is not None
-        if given not in read:
-            quantize = ir.Node("", "DynamicQuantizeLinear", [given], name=f"{node.name}/input", num_outputs=3)
-            for value, suffix in zip(quantize.outputs, ("quantized", "scale", "zero_point"), strict=True):
-                value.name = f"{node.name}/input_{suffix}"
-            graph.insert_before(node, quantize)
-            read[given] = (quantize.outputs[0], quantize.outputs[1], quantize.outputs[2])
-        x, x_scale, x_zero = read[given]
-        constants = [
-            _constant(f"{node.name}/{name}", array)
-            for name, array in (("weight", integers), ("scale", scale), ("zero_point", np.zeros((), np.int8)))
-        ]
-        for constant in constants:
-            graph.initializers[str(constant.name)] = constant
-        product = _node(graph, node, "MatMulInteger", [x, constants[0], x_zero, constants[2]])
-        wide = _node(graph, node, "Cast", [product], [ir.AttrInt64("to", ir.DataType.FLOAT.value)])
-        scales = _node(graph, node, "Mul", [x_scale, constants[1]])
-        result = _node(graph, node, "Mul", [wide, scales], suffix="Rescale")
-        if node.op_type == "Gemm" and len(node.inputs) > 2:
-            bias = node.inputs[2]
-            assert bias is not None
-            result = _node(graph, node, "Add", [result, bias])
-        output = node.outputs[0]
-        name, result.shape, result.type = output.name, output.shape, output.type
-        for use in list(output.uses()):
-            use.node.replace_input_with(use.idx, result)
-        for index, value in enumerate(graph.outputs):
-            if value is output:
-                graph.outputs[index] = result
-        graph.remove(node, safe=True)
-        result.name = name
-        found += 1
-        if not weight.uses():
-            del graph.initializers[str(weight.name)]
-    if not found:
+    read: dict[ir.Value, Sequence[ir.Value]] = {}
+    linear = [
+        (node, weight, values)
+        for node, weight, values in _weighted(model, ignored)
+        if node.op_type in ("MatMul", "Gemm") and values.ndim == 2 and _is_plain(node)
+    ]
+    if not linear:
         raise StageError(
             "nothing in this graph is quantized: it has no linear layer left to quantize at run time",
             "take patterns out of `quantize: {ignore: [...]}`, or build it in another precision",
         )
+    for node, weight, values in linear:
+        given = node.inputs[0]
+        assert given is not None
+        if given not in read:
+            read[given] = _quantized_input(model.graph, node, given)
+        result = _integer_product(model.graph, node, read[given], values.T if _is_transposed(node) else values)
+        _take_the_place(model.graph, node, result)
+        if not weight.uses():
+            del model.graph.initializers[str(weight.name)]
     ir.save(model, target, external_data="model.onnx.data")
-    return found
+    return len(linear)
+
+
+def _quantized_input(graph: ir.Graph, node: ir.Node, given: ir.Value) -> Sequence[ir.Value]:
+    """`given` in uint8, its scale and its zero point, all computed in front of `node`."""
+    import onnx_ir as ir
+
+    quantize = ir.Node("", "DynamicQuantizeLinear", [given], name=f"{node.name}/input", num_outputs=3)
+    for value, suffix in zip(quantize.outputs, ("quantized", "scale", "zero_point"), strict=True):
+        value.name = f"{node.name}/input_{suffix}"
+    graph.insert_before(node, quantize)
+    return quantize.outputs
+
+
+def _integer_product(graph: ir.Graph, node: ir.Node, x: Sequence[ir.Value], matrix: np.ndarray) -> ir.Value:
+    """What `node` gives, in float, computed on integers: those of `_quantized_input` and of its weight (K, N)."""
+    import numpy as np
+    import onnx_ir as ir
+
+    scale, zero_point = per_channel(matrix, 1)
+    integers = qdq.quantized(matrix, scale, zero_point, 1)
+    weight, weight_scale, weight_zero = (
+        _constant(f"{node.name}/{name}", array)
+        for name, array in (("weight", integers), ("scale", scale), ("zero_point", np.zeros((), np.int8)))
+    )
+    for constant in (weight, weight_scale, weight_zero):
+        graph.initializers[str(constant.name)] = constant
+    sums = _node(graph, node, "MatMulInteger", [x[0], weight, x[2], weight_zero])
+    sums = _node(graph, node, "Cast", [sums], [ir.AttrInt64("to", ir.DataType.FLOAT.value)])
+    scales = _node(graph, node, "Mul", [x[1], weight_scale])
+    result = _node(graph, node, "Mul", [sums, scales], suffix="Rescale")
+    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    return result if bias is None else _node(graph, node, "Add", [result, bias])
+
+
+def _take_the_place(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
+    """Have all that `node` fed, and the graph's outputs, be fed by `result`; remove `node`."""
+    output = node.outputs[0]
+    name, result.shape, result.type = output.name, output.shape, output.type
+    for use in list(output.uses()):
+        use.node.replace_input_with(use.idx, result)
+    for index, value in enumerate(graph.outputs):
+        if value is output:
+            graph.outputs[index] = result
+    graph.remove(node, safe=True)
+    result.name = name
 
 
 def per_channel(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
