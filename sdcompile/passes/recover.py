@@ -124,20 +124,6 @@ class _Training:
             tensors |= {f"{key}/{name}": value for key, value in self.optimiser.state[weight].items()}
         resuming.save(folder, tensors, {"step": self.step, "since": self.since, "exams": self.exams})
 
-    def restore(self, folder: Path) -> None:
-        """Go on from what was saved in `folder`; changes nothing where nothing was."""
-        found = resuming.restore(folder)
-        if found is None:
-            return
-        tensors, told = found
-        self.random.set_state(tensors.pop("random"))
-        self.step, self.since, self.exams = told["step"], told["since"], told["exams"]
-        for name, weight in self.trained.items():
-            weight.data, self.average[name], self.best[name] = (
-                tensors.pop(f"{key}/{name}") for key in ("weight", "average", "best")
-            )
-            self.optimiser.state[weight] = {key: tensors.pop(f"{key}/{name}") for key in _MOMENTS}
-
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What torch's AdamW keeps of each weight."""
@@ -158,20 +144,10 @@ def distil(
     better. What is needed to go on is saved in the folder `state`, where one is given, and taken from there.
     Raises StageError when the loss is no longer finite.
     """
-    import torch
 
     trained = _trained(student.model, params.layers, field)
     training, validation = _split(pairs)
-    now = _Training(
-        trained,
-        average={name: weight.detach().clone() for name, weight in trained.items()},
-        best={name: weight.detach().clone() for name, weight in trained.items()},
-        optimiser=torch.optim.AdamW(trained.values(), lr=params.learning_rate, weight_decay=0.0),
-        random=torch.Generator().manual_seed(params.seed),
-        exams=[],
-    )
-    if state is not None:
-        now.restore(state)
+    now = _begin(trained, params, state)
     say(f"going on after step {now.step} of {params.steps}" if now.step else "training", now.step / params.steps)
     if not now.exams:
         now.exams.append({"step": 0, "snr_db": _exam(student.module, validation)})
@@ -196,6 +172,25 @@ def distil(
         weight.data = now.best[name]
     student.model.requires_grad_(False)
     return now.exams
+
+
+def _begin(trained: Mapping[str, nn.Parameter], params: Params, state: Path | None) -> _Training:
+    """A training at its start, or as it was when it was saved in the folder `state`."""
+    import torch
+
+    optimiser = torch.optim.AdamW(trained.values(), lr=params.learning_rate, weight_decay=0.0)
+    random = torch.Generator().manual_seed(params.seed)
+    found = None if state is None else resuming.restore(state)
+    if found is None:
+        average, best = ({name: weight.detach().clone() for name, weight in trained.items()} for _ in range(2))
+        return _Training(trained, average, best, optimiser, random, [])
+    tensors, told = found
+    random.set_state(tensors.pop("random"))
+    average, best = {}, {}
+    for name, weight in trained.items():
+        weight.data, average[name], best[name] = (tensors.pop(f"{key}/{name}") for key in ("weight", "average", "best"))
+        optimiser.state[weight] = {key: tensors.pop(f"{key}/{name}") for key in _MOMENTS}
+    return _Training(trained, average, best, optimiser, random, told["exams"], told["step"], told["since"])
 
 
 def _is_due(since_s: float, took_s: float) -> bool:
