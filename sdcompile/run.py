@@ -215,6 +215,8 @@ def _fallback_component(work: Build, missed: _Missed) -> str | None:
     verify = work.recipe.verify
     if ((missed.broken and verify.on_nan) or verify.on_fail) != "fallback":
         return None
+    if not missed.report.get("own_decoder", {}).get("passed", True):
+        return None  # no precision makes another decoder the right one
     family = FAMILIES[work.recipe.family]
     candidates = [missed.component]
     if missed.component == PIPELINE:

@@ -266,6 +266,28 @@ def test_another_decoder_moves_what_is_made_of_it_and_the_recording_and_nothing_
     assert set(after["pipeline.verify.record"].inputs) >= {"vae", "vae_decoder"}, "to be compared with the model's own"
 
 
+def test_what_needs_no_pictures_does_not_depend_on_the_decoder(plan, source):
+    text = BASE + (
+        "samplers: [dpmpp_2m, {name: few, base: dpmpp_2m, num_inference_steps: 6, fit: {prompts: 3, held_out: 2}}]\n"
+    )
+    int8 = "components.unet.precision=int8"
+    before, after = plan(int8, text=text), plan(int8, LIGHT, text=text, of=with_decoder(source))
+    stay = {"pipeline.compile.fit", "pipeline.calibrate.calibrate", "unet.compile.openvino"}
+    assert stay <= {step.name for step in after}
+    assert not stay & moved(before, after)
+    of_decoder = plan(int8, LIGHT, "components.vae_decoder.precision=int8", text=text, of=with_decoder(source))
+    assert "vae_decoder" in of_decoder["pipeline.calibrate.calibrate"].inputs
+
+
+def test_the_floor_of_another_decoder_is_a_field_of_the_recipe(plan, source):
+    def floor(*sets, of):
+        return plan(*sets, of=of)["pipeline.verify.images"].job.params.get("min_decoder_psnr_db")
+
+    assert floor(of=source) is None
+    assert floor(LIGHT, of=with_decoder(source)) == 15
+    assert floor(LIGHT, "verify.min_decoder_psnr_db=3", of=with_decoder(source)) == 3
+
+
 def test_the_manifest_is_told_of_a_decoders_source_and_of_no_path(plan, source):
     told = plan(LIGHT, of=with_decoder(source))["pipeline.package.bundle"].job.params
     assert told["recipe"]["components"]["vae_decoder"]["source"] == "folder:taesd"

@@ -223,7 +223,7 @@ def _own_decoder(report: Facts) -> Iterator[str]:
     if found := report.get("own_decoder"):
         yield (
             f"its decoder's pictures to those of the model's own decoder, from the same latents: "
-            f"PSNR {found['mean_psnr_db']:.1f} dB, the least {found['min_psnr_db']:.1f} dB"
+            f"PSNR {found['psnr_db']['mean']:.1f} dB, the least {found['psnr_db']['min']:.1f} dB"
         )
 
 

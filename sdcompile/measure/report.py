@@ -191,7 +191,7 @@ def _verification(verify: Data) -> Iterator[str]:
     if own := reports.get("pipeline", {}).get("own_decoder"):
         yield html.paragraph(
             "Pictures of this bundle's decoder to those of the model's own decoder, from the same latents: "
-            f"PSNR {own['mean_psnr_db']:.1f} dB, the least {own['min_psnr_db']:.1f} dB."
+            f"PSNR {own['psnr_db']['mean']:.1f} dB, the least {own['psnr_db']['min']:.1f} dB."
         )
     if series:
         yield html.figure(

@@ -56,6 +56,13 @@ class Draft:
         """The source's folder that `component` is made of, which is also its checkpoint's name."""
         return self.family.folder(component, self.source.parts)
 
+    def without_parts(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` (inputs by folder, or facts) as they are without components from sources of their own.
+
+        For steps that run whole pictures for what the denoiser does in them, and need no decoder but the model's.
+        """
+        return {name: value for name, value in values.items() if name not in (*self.source.parts, "decoder")}
+
     def add(
         self,
         component: str,

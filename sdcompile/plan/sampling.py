@@ -43,8 +43,8 @@ def fitting(
         return tables
     family = draft.family
     params = {
-        "family": family.name, "facts": family.facts(draft.source.configs), "num_inference_steps": None,
-        "guidance_scale": recipe.defaults.guidance_scale,
+        "family": family.name, "facts": draft.without_parts(family.facts(draft.source.configs)),
+        "num_inference_steps": None, "guidance_scale": recipe.defaults.guidance_scale,
         "components": {
             name: stepcaching.plain(chosen[name].module_params) for name in ("text_encoder", family.denoiser)
         },
@@ -52,7 +52,7 @@ def fitting(
     }  # fmt: skip
     size = draft.source.fp32_bytes(family.folders[family.denoiser])
     return draft.add(
-        PIPELINE, "fit", {**inputs, "tables": tables}, params, shapes=shapes,
+        PIPELINE, "fit", {**draft.without_parts(inputs), "tables": tables}, params, shapes=shapes,
         memory=memory.needed(memory.RECORD, size), disk=4 << 20,
     )  # fmt: skip
 

@@ -56,8 +56,12 @@ def calibration(
             f"start at verify.seed {recipe.verify.seed}"
         )
     shallow = draft.family.shallow
+    reference = _reference(draft, recipe, chosen, shapes, step_cache=shallow in wanted)
+    if not draft.source.parts.keys() & set(wanted):
+        inputs = draft.without_parts(inputs)
+        reference["facts"] = draft.without_parts(reference["facts"])
     params = {
-        **_reference(draft, recipe, chosen, shapes, step_cache=shallow in wanted),
+        **reference,
         "record": list(wanted),
         "prompts": list(prompts[: own.images]),
         **own.model_dump(include={"seed", "images", "num_inference_steps", "max_samples"}),
@@ -122,7 +126,7 @@ def verification(
         {
             **recording, "backends": {name: choice.backend.name for name, choice in chosen.items()},
             "how": {name: _how(draft, choice) for name, choice in chosen.items()},
-            "min_psnr_db": _image_floor_db(recipe, chosen),
+            "min_psnr_db": _image_floor_db(recipe, chosen), **_decoder_floor(recipe, draft.source),
             **({} if step_cache is None else {"step_cache_min_psnr_db": step_cache.min_psnr_db}),
         },
         shapes=shapes, memory=largest,
@@ -204,6 +208,12 @@ def _image_floor_db(recipe: Recipe, chosen: Mapping[str, Choice]) -> float:
     if any(choice.pruned for choice in chosen.values()):
         return metrics.PRUNED_IMAGE_DB
     return min(metrics.IMAGE_FLOORS_DB[choice.precision] for choice in chosen.values())
+
+
+def _decoder_floor(recipe: Recipe, source: Source) -> dict[str, float]:
+    """What pictures of a decoder from another source must come to; {} where the model's own is built."""
+    asked = recipe.verify.min_decoder_psnr_db
+    return {"min_decoder_psnr_db": metrics.OTHER_DECODER_DB if asked is None else asked} if source.parts else {}
 
 
 def _verify_prompts(recipe: Recipe, source: Source) -> tuple[str, ...]:

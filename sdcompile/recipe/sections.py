@@ -105,6 +105,11 @@ class VerifyRecipe(Part):
         default=None, description="Denoising steps of the verification images. Unset = chosen by the verify stage."
     )
     min_image_psnr_db: Number | None = Field(default=None, description="Lowest PSNR of any whole image, in dB.")
+    min_decoder_psnr_db: Number | None = Field(
+        default=None,
+        description="Lowest mean PSNR, in dB, of a decoder from another source to the model's own, same latents. "
+        "Unset = 15, which one made for other latents does not reach.",
+    )
     on_fail: Literal["stop", "fallback"] = Field(
         default="stop", description="When a floor is missed: stop the build, or build that component in fp32 instead."
     )

@@ -90,7 +90,18 @@ def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
     return VerifyError("\n".join(lines), _hint(report))
 
 
+def _decoder_fault(found: Report) -> VerifyError:
+    return VerifyError(
+        "the decoder of another source draws other pictures than the model's own, from the same latents: mean PSNR "
+        f"{found['psnr_db']['mean']:.1f} dB, floor {found['floor']['min_psnr_db']:g} dB",
+        "it was probably made for another model's latents: name one made for this model's; if the difference is one "
+        "you accept, lower `verify: {min_decoder_psnr_db: ...}`",
+    )
+
+
 def _image_fault(report: Report, folder: Path | None) -> VerifyError:
+    if not report.get("own_decoder", {}).get("passed", True):
+        return _decoder_fault(report["own_decoder"])
     worst, cost = report["worst"], report.get("step_cache", {})
     kept = ["kept: " + ", ".join(_at(folder, name) for name in report["kept"])] if report.get("kept") else []
     if not cost.get("passed", True) and worst["passed"]:

@@ -37,8 +37,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
 
     inputs: one engine folder per component (and onnx.<component> where something stands in for it),
     samples, tokenizer, tables. job.params: those of `record`, backends {component: name}, how
-    {component: {stand_in: {why}}}, min_psnr_db, step_cache_min_psnr_db (absent, or a floor or None). When a floor
-    is missed, the worst pair is kept as worst-reference.png and worst-engine.png.
+    {component: {stand_in: {why}}}, min_psnr_db, step_cache_min_psnr_db (absent, or a floor or None),
+    min_decoder_psnr_db (where another decoder is built). When a floor is missed, the worst pair is kept as
+    worst-reference.png and worst-engine.png.
     """
     backends: Mapping[str, str] = job.params["backends"]
     cards = {name: read_card(inputs[name], backend) for name, backend in backends.items()}
@@ -59,7 +60,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
             report = judge(
                 pipeline, inputs["samples"], job.params["min_psnr_db"], backends,
                 [card.precision for card in cards.values()], job.params.get("step_cache_min_psnr_db"),
-                keep=out, say=job.say,
+                keep=out, say=job.say, min_decoder_psnr_db=job.params.get("min_decoder_psnr_db"),
             )  # fmt: skip
     if not broken and report["worst"].get("flat") and (report["worst"]["latents_snr_db"] or 0) > 0:
         broken.append("vae_decoder")  # it was given a picture's latents
@@ -93,10 +94,16 @@ def recheck(bundle: Path, manifest: Manifest, recorded: Path) -> dict[str, Any]:
     """The report of a finished bundle's images, made on this machine."""
     precisions = [entry.precision for entry in manifest.components.values()]
     told = manifest.verification.get("images", {})
-    floor, cached = (part.get("floor", {}).get("min_psnr_db") for part in (told, told.get("step_cache", {})))
+    floor, cached, decoder = (
+        part.get("floor", {}).get("min_psnr_db")
+        for part in (told, told.get("step_cache", {}), told.get("own_decoder", {}))
+    )
     backends = {name: entry.backend for name, entry in manifest.components.items()}
     with load(bundle, memory="low", verify_files=False, target=manifest.target or None) as pipeline:
-        return judge(pipeline, recorded, floor_db(precisions) if floor is None else floor, backends, precisions, cached)
+        return judge(
+            pipeline, recorded, floor_db(precisions) if floor is None else floor, backends, precisions, cached,
+            min_decoder_psnr_db=decoder,
+        )  # fmt: skip
 
 
 def floor_db(precisions: list[Precision]) -> float:
@@ -107,10 +114,12 @@ def floor_db(precisions: list[Precision]) -> float:
 def judge(
     pipeline: Pipeline, recorded: Path, min_psnr_db: float, backends: Mapping[str, str], precisions: list[Precision],
     step_cache_min_psnr_db: float | None = None, keep: Path | None = None, say: Say = say_nothing,
+    min_decoder_psnr_db: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The report: PSNR of every recorded image (of a batch, its worst), the worst, and the least by shape.
 
-    Where another decoder is built, `own_decoder` says how far its pictures are from those of the source's own.
+    Where another decoder is built, `own_decoder` says how far its pictures are from those of the source's own,
+    and whether their mean reaches `min_decoder_psnr_db`.
     Images with cached steps are compared with the reference's that have the same ones; "step_cache" tells how far
     they are from the reference's without any, which is what step caching costs.
     """
@@ -133,10 +142,10 @@ def judge(
             index = min(range(len(figures)), key=figures.__getitem__)
             if dearest is None or figures[index] < dearest[0]:
                 dearest = (figures[index], plain[index], images[index])
-    own = _own_decoder([samples.image_arrays(recorded, trajectory.id) for trajectory in planned])
+    own = _own_decoder([samples.image_arrays(recorded, trajectory.id) for trajectory in planned], min_decoder_psnr_db)
     cost = _cost_of_step_cache(rows, step_cache_min_psnr_db)
     computed = all(row["passed"] for row in rows)
-    passed = computed and cost.get("passed", True)
+    passed = computed and cost.get("passed", True) and own.get("passed", True)
     shown = dearest if computed else worst
     return {
         **({"own_decoder": own} if own else {}),
@@ -183,9 +192,9 @@ def _cost_of_step_cache(rows: list[dict[str, Any]], min_psnr_db: float | None) -
     }
 
 
-def _own_decoder(recorded: Sequence[Mapping[str, Floats]]) -> dict[str, float]:
+def _own_decoder(recorded: Sequence[Mapping[str, Floats]], floor_db: float | None) -> dict[str, Any]:
     """PSNR of the reference's pictures to those that the source's own decoder makes of the same latents: what
-    another decoder changes. No floor; {} where the source's own is built.
+    another decoder changes, and that it was made for such latents at all. {} where the source's own is built.
     """
     figures = [
         metrics.psnr_db(own, other)
@@ -194,7 +203,13 @@ def _own_decoder(recorded: Sequence[Mapping[str, Floats]]) -> dict[str, float]:
     ]  # fmt: skip
     if not figures:
         return {}
-    return {"mean_psnr_db": round(float(np.mean(figures)), 3), "min_psnr_db": round(min(figures), 3)}
+    mean = float(np.mean(figures))
+    return {
+        "psnr_db": {"min": round(min(figures), 3), "mean": round(mean, 3)},
+        "images": len(figures),
+        "floor": {"min_psnr_db": floor_db},
+        "passed": floor_db is None or mean >= floor_db,
+    }
 
 
 def _row(

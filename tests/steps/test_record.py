@@ -419,5 +419,8 @@ def test_beside_another_decoder_the_images_of_the_sources_own_are_kept(inputs, r
     found, before = image_arrays(both, "00"), image_arrays(recorded, "00")
     np.testing.assert_array_equal(found["source_images"], before["images"])
     assert not np.array_equal(found["images"], before["images"])
-    assert 5 < _own_decoder([found])["min_psnr_db"] < 40
-    assert _own_decoder([before]) == {}
+    told = _own_decoder([found], 5.0)
+    assert 5 < told["psnr_db"]["min"] <= told["psnr_db"]["mean"] < 40
+    assert told["passed"]
+    assert not _own_decoder([found], 40.0)["passed"]
+    assert _own_decoder([before], 40.0) == {}

@@ -374,3 +374,16 @@ def test_an_inexact_engine_is_not_broken(verified):
     found, _ = verified(lambda feeds: {"out_sample": truth(feeds)["out_sample"] * 1.5})
     assert not found["passed"]
     assert reports.broken(found) == ""
+
+
+def test_a_decoder_of_other_latents_is_told_as_what_it_is():
+    from sdcompile.steps.report import fault
+
+    report = {
+        "component": "pipeline", "floor": {"min_psnr_db": 20.0},
+        "own_decoder": {"psnr_db": {"min": 8.0, "mean": 9.3}, "floor": {"min_psnr_db": 15.0}, "passed": False},
+    }  # fmt: skip
+    found = fault(report, None)
+    assert "mean PSNR 9.3 dB, floor 15 dB" in found.message
+    assert "another model's latents" in found.hint
+    assert "min_decoder_psnr_db" in found.hint
