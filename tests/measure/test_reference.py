@@ -90,7 +90,7 @@ def test_peers_get_the_other_decoder_or_are_refused(monkeypatch, tmp_path):
     manifest = SimpleNamespace(samplers={"ddim": sampler}, defaults=defaults)
     monkeypatch.setattr(contenders.bundle, "read", lambda folder: manifest)
     (tmp_path / "model_index.json").write_text("{}")
-    like = contenders.Contender("x", "bundle", {"bundle": "x.sdc", "sampler": "ddim"}, (4, 8))
+    like = contenders.Contender("x", "bundle", {"bundle": "x.sdc", "sampler": "ddim", "call": {}}, (4, 8))
     model = {"source": tmp_path, "vae_decoder": tmp_path / "taesd"}
     assert contenders.of_peer("diffusers-fp32", like, model, tmp_path).job["decoder"].endswith("taesd")
     assert contenders.of_peer("diffusers-fp32", like, {"source": tmp_path}, tmp_path).job["decoder"] is None
