@@ -108,6 +108,7 @@ def test_looking_on_changes_nothing(kept: Kept) -> None:
 def test_another_bundle_has_images_of_its_own(kept: Kept, tmp_path: Path) -> None:
     kept(seed=3)
     assert Kept(tmp_path, digest="d2")(seed=3)[1]
+    assert Kept(tmp_path, target="gpu")(seed=3)[1], "engines of another target draw alike, and not the same"
     unbuilt = Kept(tmp_path, digest="")
     assert [unbuilt(seed=3)[1], unbuilt(seed=3)[1]] == [True, True], "a model without a digest cannot be told apart"
 
