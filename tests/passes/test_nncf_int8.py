@@ -333,6 +333,23 @@ def test_ignored_modules_stay_in_float(form, recorded, tmp_path, pattern, expect
     assert quantize(form, recorded, tmp_path / "out", ignore=[pattern])["quantized"] == expected
 
 
+def test_the_comparison_of_tokens_that_merge_stays_in_float(form, tmp_path):
+    import onnx
+
+    model = onnx.load(form / "model.onnx")
+    old, new = "transformer_blocks.0.ff.net.0", "transformer_blocks.0.token_merge"
+    for node in model.graph.node:
+        node.name = node.name.replace(old, new)
+        for entry in node.metadata_props:
+            entry.value = entry.value.replace(old, new)
+    (tmp_path / "form").mkdir()
+    onnx.save(model, tmp_path / "form" / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    effect = quantize(tmp_path / "form", record(tmp_path / "samples", form), tmp_path / "out")
+    assert (effect["quantized"], effect["operators"]) == (3, 4)
+    whole = quantize(form, tmp_path / "samples", tmp_path / "whole")
+    assert whole["quantized"] == 4, "the sibling: under another name it is quantized"
+
+
 def test_a_pattern_that_matches_nothing_is_an_error(form, recorded, tmp_path):
     with pytest.raises(StageError, match="'attn3' matches no module") as caught:
         quantize(form, recorded, tmp_path / "out", ignore=["mid_block", "attn3"])
