@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sdcompile.console import Observer
     from sdcompile.plan import Plan
 
-_REVISION = 1
+_REVISION = 2
 _STEP = "pipeline.verify.pictures"
 
 
@@ -46,11 +46,7 @@ class Reference:
     def pictures(self, prompts: Sequence[str], request: Request, say: Say) -> NDArray[np.float32]:
         """(N, H, W, 3) in [0, 1] for `prompts`, drawn now or read from the store (memory-mapped)."""
         store, name = self.work.store, self.work.recipe.name
-        steps = {step.name: step.key for step in self.work.plan if step.stage == "compile"}
-        parts = {
-            "op": "pictures", "revision": _REVISION, "inputs": steps, "prompts": list(prompts),
-            "request": request.as_json(), "machine": machine.identity(),
-        }  # fmt: skip
+        parts = self.made_of(prompts, request)
         key = key_of(parts)
         if store.get(key) is None:
             with store.making(key, parts, _STEP, name) as out:
@@ -60,6 +56,14 @@ class Reference:
         store.check(key)
         pictures: NDArray[np.float32] = np.load(store.path(key) / "pictures.npy", mmap_mode="r")
         return pictures
+
+    def made_of(self, prompts: Sequence[str], request: Request) -> dict[str, Any]:
+        """Everything that decides the pictures of `prompts`: also options that only the bundle's defaults name."""
+        return {
+            "op": "pictures", "revision": _REVISION, "prompts": list(prompts), "request": request.as_json(),
+            "inputs": {step.name: step.key for step in self.work.plan if step.stage == "compile"},
+            "options": _without_step_cache(self.manifest.defaults.options), "machine": machine.identity(),
+        }  # fmt: skip
 
     def _pipeline(self) -> Pipeline:
         manifest = self.manifest

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from sdcompile.backends import BACKENDS, Probe
+from sdcompile.bundle import Defaults
 from sdcompile.errors import RecipeError
 from sdcompile.measure import contenders
-from sdcompile.measure.reference import reference_recipe
+from sdcompile.measure.drawing import Request
+from sdcompile.measure.reference import Reference, reference_recipe
 from sdcompile.plan import Machine, resolve
 from sdcompile.recheck import recipe_of
 from sdcompile.recipe import Recipe, dump, known_names
@@ -96,3 +98,19 @@ def test_peers_get_the_other_decoder_or_are_refused(monkeypatch, tmp_path):
     assert contenders.of_peer("diffusers-fp32", like, {"source": tmp_path}, tmp_path).job["decoder"] is None
     with pytest.raises(RecipeError, match="does not know the decoder x was built with, taesd"):
         contenders.of_peer("optimum-intel", like, model, tmp_path)
+
+
+def test_options_of_the_defaults_have_reference_pictures_of_their_own():
+    """Two bundles of one plan, one of which guides in the first half only, are not compared with the same pictures."""
+
+    def made_of(**options):
+        defaults = Defaults(
+            sampler="ddim", num_inference_steps=4, guidance_scale=3.0, height=64, width=64, options=options
+        )
+        reference = Reference(SimpleNamespace(plan=()), {}, SimpleNamespace(defaults=defaults))
+        return reference.made_of(["a"], Request.of(defaults, contenders.Ask(), 1))
+
+    assert made_of() == made_of()
+    assert made_of(guidance_interval=[0, 0.5]) != made_of()
+    assert made_of(early_stop="1e-3:5") != made_of(early_stop="1e-2:5")
+    assert made_of(step_cache="3") == made_of(), "what it costs is measured against the picture without"
