@@ -120,6 +120,8 @@ def test_int8_is_fitted_to_recordings_with_cached_steps(plan):
     assert found["pipeline.calibrate.calibrate"].job.params["record"] == ["unet", "unet_cached"]
     assert found["pipeline.calibrate.calibrate"].job.params["step_cache"] == 3
     assert "unet_cached.quantize.nncf_int8" in [step.name for step in found]
+    assert found["unet_cached.quantize.nncf_int8"].job.params["inherited"], "patterns of unet may name no module of it"
+    assert "inherited" not in found["unet.quantize.nncf_int8"].job.params
     only = plan(CACHED, "components.text_encoder.precision=int8")
     assert "step_cache" not in only["pipeline.calibrate.calibrate"].job.params
     assert "unet_cached" not in only["pipeline.calibrate.calibrate"].job.params["components"]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from sdcompile.families.sd_stepcache import SHALLOW
+
 Kind = Literal["conv", "linear", "norm", "embedding"]
 Named = Iterator[tuple[str, Kind]]
 
@@ -174,8 +176,9 @@ def _text_encoder(config: Mapping[str, Any]) -> Named:
 
 _NAMED: dict[str, tuple[Callable[[Mapping[str, Any]], Named], str]] = {
     "unet": (_unet, "unet"),
+    SHALLOW: (_unet, "unet"),
     "text_encoder": (_text_encoder, "text_encoder"),
     "vae_decoder": (_decoder, "vae"),
     "vae_encoder": (_encoder, "vae"),
 }
-"""Component -> (config -> its modules, folder of that config)."""
+"""Component -> (config -> its modules, folder of that config). The shallow UNet has some of the UNet's."""

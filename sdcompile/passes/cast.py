@@ -56,7 +56,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job, half: Half) -> None:
     model = ir.load(inputs["onnx"] / "model.onnx")
     casting.map_weights(model, inputs["onnx"])
     casting.prepare(model)
-    keep = named(list(model.graph), params.keep_fp32)
+    keep = named(list(model.graph), params.keep_fp32, loose=job.params.get("inherited", False))
     told: dict[str, Any] = {"operators": len(model.graph)}
     if params.from_samples:
         found, measured = _overflowing(model.graph, inputs, out, job, params)
@@ -77,12 +77,12 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job, half: Half) -> None:
     write_effect(out, (parameters, parameters), (_bytes(inputs["onnx"]), _bytes(out)), **told)
 
 
-def named(nodes: list[ir.Node], patterns: tuple[str, ...]) -> dict[str, str]:
+def named(nodes: list[ir.Node], patterns: tuple[str, ...], *, loose: bool = False) -> dict[str, str]:
     """Name of each node that one of `patterns` names -> why it is kept.
 
     A pattern is an operator ("Softmax"), a node's name if it holds a "/" ("decoder.conv_out/Conv_0", "*"
     matching anything), or the path of a module, as in `quantize: {ignore: ...}`. Raises StageError when one
-    matches nothing.
+    matches nothing, unless `loose`.
     """
     from sdcompile.passes import qdq
 
@@ -94,7 +94,7 @@ def named(nodes: list[ir.Node], patterns: tuple[str, ...]) -> dict[str, str]:
             found = {str(node.name) for node in nodes if node.op_type == pattern}
         else:
             found = {str(node.name) for node in nodes if qdq.covered([qdq.module_of(node)], pattern)}
-        if not found:
+        if not found and not loose:
             ops = ", ".join(sorted({node.op_type for node in nodes})[:12])
             modules = ", ".join(sorted({qdq.group_of(qdq.module_of(node)) for node in nodes} - {""})[:6])
             raise StageError(

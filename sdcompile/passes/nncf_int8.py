@@ -150,7 +150,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     original = qdq.load(source)
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear", "MatMulInteger") for node in original.graph):
         raise StageError(f"{job.component}: the graph is quantized already", "name the original weights as source")
-    ignored = qdq.matching(qdq.targets(original.graph), params.ignore)
+    ignored = qdq.matching(qdq.targets(original.graph), params.ignore, loose=job.params.get("inherited", False))
     if not params.vectors:
         # The exporter writes Gemm for linear layers on (rows, width) alone. On the tiny model, quantizing the time
         # embedding was most of the noise (SNR 12.3 dB in verification; 21.5 dB without these layers).

@@ -75,17 +75,18 @@ def _nearest(node: ir.Node, *, up: bool) -> Iterator[ir.Node]:
             yield from _nearest(other, up=up)
 
 
-def matching(nodes: Iterable[ir.Node], patterns: Iterable[str]) -> set[str]:
+def matching(nodes: Iterable[ir.Node], patterns: Iterable[str], *, loose: bool = False) -> set[str]:
     """Names of the nodes whose module lies at or under a module that one of `patterns` names.
 
     A pattern is a dotted path in which `*` stands for any part of one name and `**` for any names; it may
-    start anywhere (`attn2.to_q`, `down_blocks.0`, `mid_block.**.ff`). Raises StageError when one matches nothing.
+    start anywhere (`attn2.to_q`, `down_blocks.0`, `mid_block.**.ff`). Raises StageError when one matches nothing,
+    unless `loose`.
     """
     rows = [(str(node.name), module_of(node)) for node in nodes]
     found: set[str] = set()
     for pattern in patterns:
         paths = covered((path for _, path in rows), pattern)
-        if not paths:
+        if not paths and not loose:
             raise StageError(
                 unmatched(pattern, [path for _, path in rows]), "`sdcompile sensitivity RECIPE` lists the groups"
             )

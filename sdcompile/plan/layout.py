@@ -184,8 +184,10 @@ def _component(
             if kind == "checkpoint":
                 # fp32 and whole whatever the engine will be, so that all engines share the pruning.
                 params, of, precision = stepcaching.plain(params), module or spec, "fp32"
+            # A stand-in has only some of the modules that the patterns it inherits may name.
+            loose = {"inherited": True} if module is None else {}
             forms[kind] = draft.add(
-                name, record.name, inputs, {"family": family, **params, **planned.params}, spec=of,
+                name, record.name, inputs, {"family": family, **params, **planned.params, **loose}, spec=of,
                 shapes=shapes, precision=precision,
                 memory=memory.needed(planned.memory, size), disk=int(record.disk * size), variant=variant,
             )  # fmt: skip

@@ -153,6 +153,11 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern, tmp_path):
     assert "MatMul" in refused.value.hint
 
 
+def test_a_stand_in_takes_what_it_inherits_and_has_no_node_for(tmp_path):
+    _, effect = cast(save(tmp_path / "in"), tmp_path / "out", keep_fp32=("Softmax", "second.norm"), inherited=True)
+    assert {row["why"] for row in effect["kept"]} == {"named by 'Softmax'"}
+
+
 def test_without_a_sample_to_measure_with_it_stops(tmp_path):
     source, samples = save(tmp_path / "in"), recorded(tmp_path / "samples", held_out=True)
     with pytest.raises(StageError, match="nothing was recorded"):

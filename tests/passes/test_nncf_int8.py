@@ -356,6 +356,11 @@ def test_a_pattern_that_matches_nothing_is_an_error(form, recorded, tmp_path):
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in caught.value.message
 
 
+def test_a_stand_in_takes_what_it_inherits_and_has_no_module_for(form, recorded, tmp_path):
+    made = quantize(form, recorded, tmp_path / "out", ignore=["mid_block", "attn3"], inherited=True)
+    assert made["quantized"] == quantize(form, recorded, tmp_path / "same", ignore=["mid_block"])["quantized"]
+
+
 def test_ignoring_everything_is_not_called_int8(form, recorded, tmp_path):
     with pytest.raises(StageError, match="nothing in this graph is quantized"):
         quantize(form, recorded, tmp_path / "out", ignore=["**"])
