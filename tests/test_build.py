@@ -170,6 +170,8 @@ def test_ctrl_c_stops_cleanly_with_its_own_exit_code(tmp_path):
     with subprocess.Popen(
         place.command("build", place.recipe, "--output", "out", "--json"), cwd=tmp_path, env=place.environment(),
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # A runner started in the background ignores SIGINT, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         for line in process.stdout:
             if json.loads(line)["event"] == "step_progress" and "Scheduler" in json.loads(line)["text"]:
