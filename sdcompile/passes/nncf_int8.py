@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from sdcompile.samples import Samples
 
-REVISION = 3
+REVISION = 4
 
 SENSITIVITY = "sensitivity.json"
 
@@ -246,7 +247,7 @@ def _unshared(source: Path, scratch: Path) -> Iterator[Path]:
 def _quantized(source: Path, fit: Samples, job: Job, params: Params, ignored: Collection[str]) -> onnx.ModelProto:
     import onnx
 
-    with _quiet():
+    with _quiet(), _lean_sessions():
         import nncf
         from nncf.onnx.quantization.backend_parameters import BackendParameters
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
@@ -279,6 +280,30 @@ def _quantized(source: Path, fit: Samples, job: Job, params: Params, ignored: Co
             )
         except (nncf.ValidationError, nncf.InternalError, nncf.UnsupportedModelError) as error:
             raise StageError(f"{job.component}: NNCF cannot quantize this graph: {error}") from error
+
+
+@contextmanager
+def _lean_sessions() -> Iterator[None]:
+    """Have NNCF run graphs without ONNX Runtime's arena, its memory plan and its rewriting.
+
+    NNCF (3.4) makes an output of every tensor it measures and takes no session options. Fitting the UNet of SD 1.5
+    peaks at 10.9 GiB instead of 15.2, and takes no longer.
+    """
+    import onnxruntime as ort
+    from nncf.onnx import engine
+
+    class Options(ort.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enable_cpu_mem_arena = self.enable_mem_pattern = False
+            self.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+
+    theirs = engine.rt
+    engine.rt = SimpleNamespace(SessionOptions=Options, InferenceSession=ort.InferenceSession)
+    try:
+        yield
+    finally:
+        engine.rt = theirs
 
 
 def _parameters(model: Any) -> int:

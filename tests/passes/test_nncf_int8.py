@@ -356,6 +356,24 @@ def test_a_pattern_that_matches_nothing_is_an_error(form, recorded, tmp_path):
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in caught.value.message
 
 
+def test_fitting_runs_without_an_arena_and_leaves_nncf_as_it_was(form, recorded, tmp_path, monkeypatch):
+    import onnxruntime as ort
+    from nncf.onnx import engine
+
+    opened, plain = [], ort.InferenceSession
+
+    def session(model, options, **rest):
+        opened.append(options)
+        return plain(model, options, **rest)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    quantize(form, recorded, tmp_path / "out")
+    options = next(options for options in opened if not options.enable_cpu_mem_arena)
+    assert not options.enable_mem_pattern
+    assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    assert engine.rt is ort
+
+
 def test_a_stand_in_takes_what_it_inherits_and_has_no_module_for(form, recorded, tmp_path):
     made = quantize(form, recorded, tmp_path / "out", ignore=["mid_block", "attn3"], inherited=True)
     assert made["quantized"] == quantize(form, recorded, tmp_path / "same", ignore=["mid_block"])["quantized"]
