@@ -7,15 +7,13 @@ pooling as one that needs no training and no fixed number of tokens. A mean comm
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile.passes import levels
-from sdcompile.passes.base import Pass, Setting, always
-from sdcompile.spec import Job
+from sdcompile.passes.base import Setting
 
 REVISION = 1
 
@@ -50,21 +48,4 @@ def refuses(params: Params, setting: Setting) -> list[str]:
     return faults + levels.clashes("pool", params, setting)
 
 
-def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
-    """Write the checkpoint in `inputs["checkpoint"]` with pooled keys and values into `out`."""
-    params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
-    levels.simplify(inputs, out, job, NAME, params, "attn1")
-
-
-PASS = Pass(
-    name=NAME,
-    stage="prune",
-    kind="checkpoint",
-    revision=REVISION,
-    params=Params,
-    run=run,
-    packages=("torch", "diffusers"),
-    calibrates=always,
-    refuses=refuses,
-    memory=(1.5, 1.5),
-)
+PASS = levels.simplification(NAME, Params, refuses, revision=REVISION, layer="attn1")

@@ -6,17 +6,18 @@ The middle block has the last. Which levels have attention the config says, so a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sdcompile import edits
 from sdcompile.errors import StageError
 from sdcompile.passes import pruning
-from sdcompile.passes.base import Setting
+from sdcompile.passes.base import Pass, Setting, always, never
 from sdcompile.spec import Job
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from torch import nn
 
 V = TypeVar("V")
@@ -117,6 +118,29 @@ def clashes(field: str, params: Simplifier, setting: Setting) -> list[str]:
                 f"of {', '.join(SIMPLIFIERS)}"
             )
     return faults
+
+
+def simplification(
+    name: str,
+    params: type[BaseModel],
+    refuses: Callable[[Any, Setting], list[str]],
+    *,
+    revision: int,
+    layer: str = "",
+    exact: bool = False,
+) -> Pass:
+    """The record of the pass that makes the edit `name` of transformer blocks, or of their `layer`, as a
+    `Simplifier` of `params` says. Samples are wanted only to tell what it costs: an `exact` one costs nothing.
+    """
+
+    def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
+        told: Any = params.model_validate({field: job.params[field] for field in params.model_fields})
+        simplify(inputs, out, job, name, told, layer)
+
+    return Pass(
+        name=name, stage="prune", kind="checkpoint", revision=revision, params=params, run=run, refuses=refuses,
+        packages=("torch", "diffusers"), calibrates=never if exact else always, exact=exact, memory=(1.5, 1.5),
+    )  # fmt: skip
 
 
 def simplify(inputs: Mapping[str, Path], out: Path, job: Job, op: str, params: Simplifier, layer: str = "") -> None:

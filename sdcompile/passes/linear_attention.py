@@ -6,15 +6,13 @@ trained with softmax does not survive it where it matters; let `recover` follow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile.passes import levels
-from sdcompile.passes.base import Pass, Setting, always
-from sdcompile.spec import Job
+from sdcompile.passes.base import Setting
 
 REVISION = 1
 
@@ -43,21 +41,4 @@ def refuses(params: Params, setting: Setting) -> list[str]:
     return faults + levels.clashes("levels", params, setting)
 
 
-def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
-    """Write the checkpoint in `inputs["checkpoint"]` with linear attention into `out`."""
-    params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
-    levels.simplify(inputs, out, job, NAME, params, "attn1")
-
-
-PASS = Pass(
-    name=NAME,
-    stage="prune",
-    kind="checkpoint",
-    revision=REVISION,
-    params=Params,
-    run=run,
-    packages=("torch", "diffusers"),
-    calibrates=always,
-    refuses=refuses,
-    memory=(1.5, 1.5),
-)
+PASS = levels.simplification(NAME, Params, refuses, revision=REVISION, layer="attn1")

@@ -6,16 +6,14 @@ never holds the scores, it brings nothing: see docs/compression.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile.passes import levels
-from sdcompile.passes.base import Pass, Setting
-from sdcompile.spec import Job
+from sdcompile.passes.base import Setting
 
 REVISION = 1
 
@@ -51,21 +49,4 @@ def refuses(params: Params, setting: Setting) -> list[str]:
     return faults + levels.clashes("slices", params, setting)
 
 
-def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
-    """Write the checkpoint in `inputs["checkpoint"]` with sliced attention into `out`."""
-    params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
-    levels.simplify(inputs, out, job, NAME, params, "attn1")
-
-
-PASS = Pass(
-    name=NAME,
-    stage="prune",
-    kind="checkpoint",
-    revision=REVISION,
-    params=Params,
-    run=run,
-    packages=("torch", "diffusers"),
-    refuses=refuses,
-    exact=True,
-    memory=(1.5, 1.5),
-)
+PASS = levels.simplification(NAME, Params, refuses, revision=REVISION, layer="attn1", exact=True)

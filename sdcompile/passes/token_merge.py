@@ -6,15 +6,13 @@ Needs no training. Self-attention grows with the square of the tokens, so that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile.passes import levels
-from sdcompile.passes.base import Pass, Setting, always
-from sdcompile.spec import Job
+from sdcompile.passes.base import Setting
 
 REVISION = 1
 
@@ -66,21 +64,4 @@ def refuses(params: Params, setting: Setting) -> list[str]:
     return faults + levels.clashes("ratio", params, setting)
 
 
-def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
-    """Write the checkpoint in `inputs["checkpoint"]` with merged tokens into `out`."""
-    params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
-    levels.simplify(inputs, out, job, NAME, params)
-
-
-PASS = Pass(
-    name=NAME,
-    stage="prune",
-    kind="checkpoint",
-    revision=REVISION,
-    params=Params,
-    run=run,
-    packages=("torch", "diffusers"),
-    calibrates=always,
-    refuses=refuses,
-    memory=(1.5, 1.5),
-)
+PASS = levels.simplification(NAME, Params, refuses, revision=REVISION)
