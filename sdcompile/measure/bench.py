@@ -36,7 +36,8 @@ _GIB = 1 << 30
 _PROMPTS = 64
 _PARTS = ("text_encoder_s", "denoise_s", "call_s", "vae_s", "open_s")
 _RATIOS = ("image_s", "cpu_s", "call_s")
-"""Figures that contenders are compared by; `call_s`, an image's median call of the denoiser, only bundles tell."""
+"""Figures that contenders are compared by. `call_s`, which only bundles tell, is an image's mean call of the denoiser:
+cached steps have long and short ones."""
 
 
 @dataclass(frozen=True)

@@ -156,30 +156,37 @@ def experiment(result: Result) -> list[Table]:
     """Layers with their time and quality; * marks the Pareto front, > the layer that was picked."""
     rows, chosen = result["layers"], result["pick"]
     figures = [name for name in QUALITY if any(name in row["quality"] for row in rows)][:4]
-    body = tuple(
-        (
-            f"{'> ' if row['name'] == chosen['layer'] else ''}{row['name']}{' *' if row['on_front'] else ''}",
-            _ratio(row["ratio"]), number(row["image_s"]["median"]), _ratio(row["denoiser"]["ratio"]),
-            f"{row['peak_bytes'] / _GIB:.2f}", f"{row['disk_bytes'] / 2**20:.1f}",
-            f"{row['denoiser']['bytes'] / 2**20:.1f}", _short(row["denoiser"]["snr_db"]),
-            *(_mean(row["quality"].get(name)) for name in figures[:1]), _mean(row["change"]),
-            *(_mean(row["quality"].get(name)) for name in figures[1:]),
-        )
+    names = [
+        f"{'> ' if row['name'] == chosen['layer'] else ''}{row['name']}{' *' if row['on_front'] else ''}"
         for row in rows
+    ]
+    body = tuple(
+        (name, _ratio(row["ratio"]), number(row["image_s"]["median"]), f"{row['peak_bytes'] / _GIB:.2f}",
+         f"{row['disk_bytes'] / 2**20:.1f}", *(_mean(row["quality"].get(figure)) for figure in figures[:1]),
+         _mean(row["change"]), *(_mean(row["quality"].get(figure)) for figure in figures[1:]))
+        for name, row in zip(names, rows, strict=True)
+    )  # fmt: skip
+    denoisers = tuple(
+        (name, _ratio(row["denoiser"]["ratio"]), f"{row['denoiser']['bytes'] / 2**20:.1f}",
+         _short(row["denoiser"]["snr_db"]))
+        for name, row in zip(names, rows, strict=True)
     )  # fmt: skip
     host = result["host"]
     notes = (
         f"{host['cpu']}, {result['bench']['settings']['threads']} threads; x = time per image over the first layer's, "
-        "with 95 % intervals; denoiser x = the same of one call of the denoiser, SNR = its worst in verification; "
+        "with 95 % intervals; "
         f"change = of {QUALITY[chosen['figure']]} from the first layer's, picture by picture; "
         f"* = on the Pareto front of time and {QUALITY[chosen['figure']]}.",
         f"Picked: {chosen['layer']}, the fastest with {QUALITY[chosen['figure']]} of at least "
         f"{chosen['at_least']:g} x the first layer's.",
     )
     first, *others = (QUALITY[name] for name in figures)
-    columns = ("layer", "x", "s/image", "denoiser x", "peak GiB", "engines MiB", "denoiser MiB", "SNR dB",
-               first, "change", *others)  # fmt: skip
-    return [Table(f"Experiment {result['name']}", columns, body, notes)]
+    columns = ("layer", "x", "s/image", "peak GiB", "engines MiB", first, "change", *others)
+    told = ("x = mean time of a call over the first layer's; SNR = the worst in verification.",)
+    return [
+        Table(f"Experiment {result['name']}", columns, body, notes),
+        Table("Denoiser", ("layer", "x", "MiB", "SNR dB"), denoisers, told),
+    ]
 
 
 def _mean(figure: Result | None) -> str:

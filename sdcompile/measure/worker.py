@@ -39,7 +39,7 @@ def _bundle(job: Job) -> tuple[Draw, str]:
         )  # fmt: skip
         told = output.timings
         parts = {name: float(told[name]) for name in ("text_encoder_s", "vae_s", "open_s")}
-        parts |= {"denoise_s": float(sum(told["denoise_s"])), "call_s": float(np.median(told["denoise_s"]))}
+        parts |= {"denoise_s": float(sum(told["denoise_s"])), "call_s": float(np.mean(told["denoise_s"]))}
         return np.asarray(output.images), parts
 
     return draw, f"sdcompile {sdcompile.__version__}"
