@@ -11,84 +11,22 @@ import pytest
 
 from sdcompile import edits
 from sdcompile.errors import RecipeError, StageError
-from sdcompile.families import FAMILIES
 from sdcompile.passes import PASSES
 from sdcompile.passes.base import read_effect
-from sdcompile.samples import Writer
 from sdcompile.spec import Job, Say, say_nothing
+from tests.passes.small_unet import CONFIGS, FAMILY, SHAPES, VAE, opened, recorded, run, saved
 
 pytestmark = pytest.mark.tiny
-
-FAMILY = FAMILIES["sd"]
-UNET = {
-    "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 24,
-    "attention_head_dim": 4, "norm_num_groups": 8, "in_channels": 4, "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}  # fmt: skip
-VAE = {
-    "block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-}  # fmt: skip
-CONFIGS: dict[str, Any] = {
-    "unet": UNET, "vae": VAE, "scheduler": {},
-    "text_encoder": {"hidden_size": 24, "max_position_embeddings": 5},
-}  # fmt: skip
-SHAPES = FAMILY.shapes({"batch": (1, 1, 1), "height": (16, 16, 16), "width": (16, 16, 16)}, CONFIGS)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("unet")
-    UNet2DConditionModel(**UNET).save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("unet"))
 
 
 @pytest.fixture(scope="module")
 def samples(source, tmp_path_factory) -> Path:
-    """Twelve calls of eight rows, a quarter of them held out, answered by the source."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("samples")
-    model, writer, draw = opened(source), Writer(folder), np.random.default_rng(0)
-    for number in range(12):
-        feeds = {
-            "sample": draw.standard_normal((8, 4, 8, 8)).astype(np.float32),
-            "timestep": np.full(8, 80.0 * number, np.float32),
-            "encoder_hidden_states": draw.standard_normal((8, 5, 24)).astype(np.float32),
-        }
-        with torch.inference_mode():
-            answer = model(*map(torch.from_numpy, feeds.values())).numpy()
-        told = {"prompt": "x", "region": ("early", "mid", "late")[number % 3], "held_out": number % 4 == 3}
-        writer.add("unet", told, feeds, {"out_sample": answer})
-    writer.index([])
-    return folder
-
-
-def opened(folder: Path):
-    from sdcompile import checkpoint
-
-    return checkpoint.load("sd", "unet", folder, {})
-
-
-def run(
-    name: str, checkpoint: Path, out: Path, samples: Path, teacher: Path | None = None, state: Path | None = None,
-    say: Say = say_nothing, **params: Any,
-) -> dict:  # fmt: skip
-    """Run a pass as a build would; returns its effect."""
-    record = PASSES[name]
-    full = record.params.model_validate(params).model_dump(mode="json")
-    spec = FAMILY.components(CONFIGS)["unet"]
-    job = Job("unet", {"family": "sd", **full}, "fp32", spec, SHAPES, say=say, state=state)
-    out.mkdir(parents=True)
-    record.run({"checkpoint": checkpoint, "samples": samples, "teacher": teacher or checkpoint}, out, job)
-    effect = read_effect(out)
-    assert effect is not None
-    return effect
+    return recorded(tmp_path_factory.mktemp("samples"), source)
 
 
 def answer(folder: Path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,26 +10,12 @@ import pytest
 from sdcompile import edits
 from sdcompile.backends import BACKENDS, Probe
 from sdcompile.errors import RecipeError, StageError
-from sdcompile.families import FAMILIES
 from sdcompile.passes import PASSES, levels
-from sdcompile.passes.base import read_effect
 from sdcompile.plan import Machine, resolve
 from sdcompile.recipe import load
-from sdcompile.samples import Writer
 from sdcompile.spec import Job, Range
+from tests.passes.small_unet import CONFIGS, FAMILY, SHAPES, UNET, opened, recorded, run, saved
 
-FAMILY = FAMILIES["sd"]
-UNET = {
-    "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 24,
-    "attention_head_dim": 4, "norm_num_groups": 8, "in_channels": 4, "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}  # fmt: skip
-CONFIGS: dict[str, Any] = {
-    "unet": UNET, "vae": {"block_out_channels": (8, 8), "latent_channels": 4}, "scheduler": {},
-    "text_encoder": {"hidden_size": 24, "max_position_embeddings": 5},
-}  # fmt: skip
-SHAPES = FAMILY.shapes({"batch": (1, 1, 1), "height": (16, 16, 16), "width": (16, 16, 16)}, CONFIGS)
 EVERY = {
     "token_merge": {"ratio": {"0": 0.5}}, "kv_pool": {}, "linear_attention": {"levels": [0, 1]}, "top_k": {"k": 2},
     "sliced_attention": {"slices": {"0": 4, "1": 2}},
@@ -39,57 +24,12 @@ EVERY = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("unet")
-    UNet2DConditionModel(**UNET).save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("unet"))
 
 
 @pytest.fixture(scope="module")
 def samples(whole, tmp_path_factory) -> Path:
-    """Twelve calls of eight rows, a quarter of them held out, answered by the whole model."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("samples")
-    model, writer, draw = opened(whole), Writer(folder), np.random.default_rng(0)
-    for number in range(12):
-        feeds = {
-            "sample": draw.standard_normal((8, 4, 8, 8)).astype(np.float32),
-            "timestep": np.full(8, 80.0 * number, np.float32),
-            "encoder_hidden_states": draw.standard_normal((8, 5, 24)).astype(np.float32),
-        }
-        with torch.inference_mode():
-            answer = model(*map(torch.from_numpy, feeds.values())).numpy()
-        told = {"prompt": "x", "region": ("early", "mid", "late")[number % 3], "held_out": number % 4 == 3}
-        writer.add("unet", told, feeds, {"out_sample": answer})
-    writer.index([])
-    return folder
-
-
-def opened(folder: Path):
-    from sdcompile import checkpoint
-
-    return checkpoint.load("sd", "unet", folder, {})
-
-
-def run(name: str, checkpoint: Path, out: Path, samples: Path, teacher: Path | None = None, **params: Any) -> dict:
-    """Run a pass as a build would, with the inputs a plan would give it; returns its effect."""
-    record = PASSES[name]
-    full = record.params.model_validate(params)
-    inputs = {"checkpoint": checkpoint, "teacher": teacher or checkpoint}
-    if record.calibrates(full):
-        inputs["samples"] = samples
-    job = Job(
-        "unet", {"family": "sd", **full.model_dump(mode="json")}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES
-    )
-    out.mkdir(parents=True)
-    record.run(inputs, out, job)
-    effect = read_effect(out)
-    assert effect is not None
-    return effect
+    return recorded(tmp_path_factory.mktemp("samples"), whole)
 
 
 def feeds(rows: int = 2, high: int = 8, wide: int = 8):
