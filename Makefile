@@ -2,7 +2,7 @@ PY := .venv/bin/python
 # Threads that spin while they wait slow every build on a small or shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test check gpu-check gpu-check-full docs peers clean
+.PHONY: setup demo test check gpu-check gpu-check-full docs kernels peers clean
 
 setup: .venv/.ready
 
@@ -37,6 +37,15 @@ gpu-check-full: setup
 docs: setup
 	$(PY) scripts/write_docs.py
 
+# The PTX of sdcompile/backends/trt/kernels.cu, for whoever changes it: no GPU is needed. The compiler is old so that
+# old drivers take what it makes.
+kernels: .venv-kernels/.ready
+	.venv-kernels/bin/python scripts/compile_kernels.py
+.venv-kernels/.ready:
+	python3 -m venv .venv-kernels
+	.venv-kernels/bin/python -m pip install --quiet nvidia-cuda-nvrtc-cu12==12.0.140 'cuda-bindings==12.9.*'
+	touch $@
+
 # Peers that need other versions of the same libraries, for `sdcompile bench --vs optimum-intel,optimum-onnx`.
 peers: .venv-peers/.ready
 .venv-peers/.ready:
@@ -48,4 +57,4 @@ peers: .venv-peers/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers artifacts/store artifacts/*.sdc
+	rm -rf .venv .venv-kernels .venv-peers artifacts/store artifacts/*.sdc

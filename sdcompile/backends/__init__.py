@@ -9,9 +9,9 @@ knows no recipe and no store.
 from __future__ import annotations
 
 from sdcompile.backends import onnxruntime, openvino, reference, stub, tensorrt, tensorrt_rtx
-from sdcompile.backends.base import Backend, Engine, Host, Probe
+from sdcompile.backends.base import Arrays, Backend, Device, Engine, Host, Probe
 
-__all__ = ["BACKENDS", "STAND_IN", "Backend", "Engine", "Host", "Probe"]
+__all__ = ["BACKENDS", "STAND_IN", "Arrays", "Backend", "Device", "Engine", "Host", "Probe"]
 
 BACKENDS: dict[str, Backend] = {
     b.name: b

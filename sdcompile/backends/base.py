@@ -6,7 +6,7 @@ Standard library only. It knows no engine library.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +24,8 @@ class Engine(Protocol):
 
     `facts` tells what really runs ({"device": "CPU", "precision": "fp32", ...}), which may
     differ from what was asked. Feeds are never changed, and those that stay the same from call to
-    call may be read-only; outputs belong to the caller.
+    call may be read-only; outputs belong to the caller. An engine that can keep arrays on its device from call to
+    call has `arrays` as well, a `Device`.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -36,6 +37,56 @@ class Engine(Protocol):
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
     def close(self) -> None: ...
+
+
+class Arrays(Protocol):
+    """What sampling does to float32 arrays (N, C, h, w) between two calls of the denoiser, wherever they are kept.
+
+    Products and sums are rounded as numpy rounds them, so that latents do not depend on the place.
+
+    known       is every result there when a method returns? Else it comes in order, and `get` and `wait` wait for it
+    put, get    an array from the host; one for the host, which belongs to the caller
+    scaled      array * factor, in float64
+    weighted    the sum of array * value, in float64 and in the order given
+    counters    so many counters, all 0; `count_bad` adds to one of them how many values of an array are NaN or infinite
+    counted     counters, for the host
+    """
+
+    @property
+    def known(self) -> bool: ...
+
+    def put(self, array: np.ndarray) -> Any: ...
+    def get(self, array: Any) -> np.ndarray: ...
+    def scaled(self, array: Any, factor: float) -> Any: ...
+    def weighted(self, terms: Sequence[tuple[Any, float]]) -> Any: ...
+    def counters(self, count: int) -> Any: ...
+    def count_bad(self, array: Any, counters: Any, place: int) -> None: ...
+    def counted(self, counters: Any) -> np.ndarray: ...
+    def wait(self) -> None: ...
+
+
+class Device(Arrays, Protocol):
+    """Arrays on the device of one engine, which take their turn with its calls.
+
+    They have `shape` and can be sliced by rows. One thread at a time.
+
+    most_terms  how many terms `weighted` takes
+    begin       marks begin anew; called before anything else of a run
+    run         the engine, fed with arrays of the device and of the host; its outputs stay on the device
+    guided      negative + scale * (positive - negative), in float32
+    joined      the rows of several arrays, one after another
+    mark, laps  moments in the order of the work; the seconds between each and the next, once the work is done
+    """
+
+    @property
+    def most_terms(self) -> int: ...
+
+    def begin(self) -> None: ...
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]: ...
+    def guided(self, negative: Any, positive: Any, scale: float) -> Any: ...
+    def joined(self, arrays: Sequence[Any]) -> Any: ...
+    def mark(self) -> None: ...
+    def laps(self) -> list[float]: ...
 
 
 @dataclass(frozen=True)

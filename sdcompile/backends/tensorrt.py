@@ -48,6 +48,7 @@ class Options(BaseModel):
     timing_cache                keep kernel timings in the store (faster rebuilds), also in the bundle, or not at all
     fused_attention             stop the build when an fp16 or int8 engine computes an attention in several kernels
     cuda_graphs                 replay each shape as one CUDA graph after its first call
+    device_latents              latents stay on the GPU between steps, where nothing has to look at them on the host
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,6 +63,7 @@ class Options(BaseModel):
     timing_cache: Literal["store", "bundle", "off"] = "store"
     fused_attention: bool = True
     cuda_graphs: bool = True
+    device_latents: bool = True
 
     @model_validator(mode="after")
     def _fits_together(self) -> Options:

@@ -36,6 +36,7 @@ class Options(BaseModel):
     weight_streaming      weights may stay in host memory where the GPU's is short
     fused_attention       stop the build when an fp16 or int8 engine computes an attention in several kernels
     cuda_graphs           replay each shape as one CUDA graph after its first call
+    device_latents        latents stay on the GPU between steps, where nothing has to look at them on the host
 
     Refit and stripped plans are not offered: 1.7.1 builds them only where there is a GPU (tried), and its wheels
     lack what version compatible plans need.
@@ -48,6 +49,7 @@ class Options(BaseModel):
     weight_streaming: bool = False
     fused_attention: bool = True
     cuda_graphs: bool = True
+    device_latents: bool = True
 
 
 def probe() -> Probe:

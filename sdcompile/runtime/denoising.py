@@ -62,13 +62,12 @@ class Denoiser:
         """`images` says which image a row belongs to; `places` tells the rows of one image apart, where it has many."""
         began = time.perf_counter()
         scale = self.scales[index]
-        twice = self.negative is not None and scale > 1
+        twice = self.sides(index) == 2
         sample = np.concatenate([model_input] * 2) if twice else model_input
-        conditioning = self._conditioning(twice, images)
         feeds = {
             "sample": sample,
             "timestep": np.full(len(sample), self.timesteps[index], np.float32),
-            **conditioning,
+            **self.conditioning(twice, images),
             **self.family.guidance_feeds(self.facts, scale, len(sample)),
         }
         numbers = (images if places is None else places).tolist()
@@ -80,6 +79,10 @@ class Denoiser:
         self.clock.denoise_rows.append(len(sample))
         self.clock.denoise_shallow.append(reused)
         return output
+
+    def sides(self, index: int) -> int:
+        """2 where call `index` is guided, and denoises the negative prompt too; else 1."""
+        return 2 if self.negative is not None and self.scales[index] > 1 else 1
 
     def _answer(self, index: int, feeds: Mapping[str, np.ndarray], rows: list[Row]) -> tuple[Floats, bool]:
         """The output for `feeds`, and whether it was made with deep features of an earlier call."""
@@ -93,7 +96,7 @@ class Denoiser:
         (output,) = made.values()
         return output, False
 
-    def _conditioning(self, twice: bool, images: NDArray[np.intp]) -> dict[str, Floats]:
+    def conditioning(self, twice: bool, images: NDArray[np.intp]) -> dict[str, Floats]:
         """The rows of these images, put together once: read-only, so that an engine may leave them on its device."""
         key = (twice, images.tobytes())
         if key not in self.joined:

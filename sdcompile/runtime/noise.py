@@ -12,7 +12,7 @@ sincosf, compiled with multiplications and additions contracted.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,6 +89,14 @@ class Generator:
 def randn(shape: Sequence[int], seed: int) -> Floats:
     """Noise of `shape` from a fresh generator: `torch.randn(shape, generator=Generator().manual_seed(seed))`."""
     return Generator(seed).randn(shape)
+
+
+def noise_source(seeds: Sequence[int], shape: tuple[int, ...]) -> Callable[[int], Floats]:
+    """Successive unit noise for so many images: all from one generator, or each from its own."""
+    generators = [Generator(seed) for seed in seeds]
+    if len(generators) == 1:
+        return lambda images: generators[0].randn((images, *shape[1:]))
+    return lambda images: np.concatenate([generator.randn((1, *shape[1:])) for generator in generators])
 
 
 def _box_muller(uniforms: Floats) -> Floats:

@@ -25,7 +25,8 @@ class Output:
     images    PIL images, (N, H, W, 3) float32 in [0, 1], or latents (N, C, h, w): as `output_type` asked
     request   every argument as resolved: prompts per image, seeds, sampler, steps, size
     timings   seconds: text_encoder_s, denoise_s (one per denoiser step), vae_s, open_s (engines, in all);
-              denoise_shallow (one per denoiser step: were deep features reused?);
+              denoise_shallow (one per denoiser step: were deep features reused?), on_device (one per pass: did the
+              latents stay on the engine's device between steps? denoise_s is then what the device measured);
               counts: denoise_rows (one per denoiser step), steps (one per image: the denoiser steps it
               took), where prompts came from: prompts_cached (memory), prompts_read (disk), prompts_computed, and
               images_read: finished images that were taken from disk
@@ -98,6 +99,7 @@ class Clock:
     open_s: float = 0.0
     denoise_rows: list[int] = field(default_factory=list)
     denoise_shallow: list[bool] = field(default_factory=list)
+    on_device: list[bool] = field(default_factory=list)
     prompts_cached: int = 0
     prompts_read: int = 0
     prompts_computed: int = 0

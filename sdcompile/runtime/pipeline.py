@@ -23,6 +23,7 @@ from sdcompile.families import FAMILIES
 from sdcompile.runtime import guidance, joining, tables
 from sdcompile.runtime import images as pictures
 from sdcompile.runtime import sampler as samplers
+from sdcompile.runtime.arrays import NUMPY
 from sdcompile.runtime.batches import in_parts
 from sdcompile.runtime.denoising import Denoiser
 from sdcompile.runtime.diskcache import DiskCache
@@ -31,7 +32,8 @@ from sdcompile.runtime.imagecache import ImageCache
 from sdcompile.runtime.masking import Kept
 from sdcompile.runtime.memory import remembered
 from sdcompile.runtime.model import Model
-from sdcompile.runtime.noise import Generator
+from sdcompile.runtime.noise import noise_source
+from sdcompile.runtime.ondevice import DeviceDenoiser, device_for
 from sdcompile.runtime.options import Options
 from sdcompile.runtime.output import Clock, Output
 from sdcompile.runtime.profiles import PowerState
@@ -109,15 +111,17 @@ class Pipeline:
         if images is not None:
             self._clock.images_read = len(images)
         else:
-            images = self._made(request, _watching(watch) if callback is None and watch is not None else callback)
+            images = self._made(request, callback, watch)
             if kept is not None:
                 kept.put(request, images)
         return Output(images, request, self._clock.timings(), self.model.name, self.model.digest, self.target)
 
-    def _made(self, request: Request, callback: CallbackOnStepEnd | None) -> list[Image] | Floats:
-        final = self._denoise(request, callback)
+    def _made(
+        self, request: Request, callback: CallbackOnStepEnd | None = None, watch: Watch | None = None
+    ) -> list[Image] | Floats:
+        final = self._denoise(request, callback, watch)
         if request.hires is not None:
-            final = self._denoise(second_pass(request, self.model, final), callback)
+            final = self._denoise(second_pass(request, self.model, final), callback, watch)
         if request.output_type == "latent":
             return final
         pixels = pictures.pixels_from_decoded(self.decode(final))
@@ -158,7 +162,7 @@ class Pipeline:
         fewest = min((n for n in steps if n > shallow), default=max(steps))
         asked = Options(num_inference_steps=fewest, step_cache=2 if shallow else "off", seed=0, output_type="np")
         # Not by a call, which finished images that are kept may answer without an engine.
-        self._made(resolve(self.model, "", asked), None)
+        self._made(resolve(self.model, "", asked))
         self.warm = True
         return time.perf_counter() - began
 
@@ -260,10 +264,10 @@ class Pipeline:
             features=None if step_cache is None else DeepFeatures(step_cache),
         )  # fmt: skip
 
-    def _denoise(self, request: Request, callback: CallbackOnStepEnd | None) -> Floats:
+    def _denoise(self, request: Request, callback: CallbackOnStepEnd | None, watch: Watch | None) -> Floats:
         table, scales = self.road(request)
         shape = request.latent_shape(self.model)
-        draw = _noise_source(request.seeds, shape)
+        draw = noise_source(request.seeds, shape)
         clean = request.clean if request.image is None else self._encode(request, draw)
         noise = draw(shape[0]) if request.latents is None else request.latents
         if clean is not None and request.mask is not None:
@@ -277,6 +281,10 @@ class Pipeline:
         before = self._clock.steps or [0] * len(noise)
         self._clock.steps = [calls + len(table.calls) for calls in before]
         tiling = self._tiling(shape[2], shape[3])
+        looks = callback is not None or tiling is not None or keep is not None
+        device = device_for(denoiser, table, request, shape[0], looks=looks)
+        self._clock.on_device.append(device is not None)
+        there = None if device is None else DeviceDenoiser.of(denoiser, device)
 
         def denoise(model_input: Floats, index: int, images: NDArray[np.intp]) -> Floats:
             if tiling is None:
@@ -288,6 +296,9 @@ class Pipeline:
         def on_step(index: int, timestep: float, latents: Floats) -> Floats | None:
             latents = latents if keep is None else keep.put_back(index, latents)
             if callback is None:
+                if watch is not None:
+                    (device or NUMPY).wait()
+                    watch(index)
                 return latents
             told = int(timestep) if float(timestep).is_integer() else timestep
             answer = callback(self, index, told, {"latents": latents})
@@ -299,9 +310,11 @@ class Pipeline:
                 self._clock.steps[image] = before[image] + calls
 
         final = samplers.sample(
-            table, denoise, noise, lambda: draw(shape[0]), on_step,
-            clean=clean, early_stop=request.early_stop, on_stopped=on_stopped,
+            table, there or denoise, noise, lambda: draw(shape[0]), on_step,
+            clean=clean, early_stop=request.early_stop, on_stopped=on_stopped, arrays=device or NUMPY,
         )  # fmt: skip
+        if there is not None:
+            there.finish()
         return final if keep is None or request.early_stop is None else keep.put_back(len(table.calls) - 1, final)
 
     def _encode(self, request: Request, draw: Callable[[int], Floats]) -> Floats:
@@ -369,18 +382,6 @@ def _encoder_rows(model: Model) -> Range:
     usual = 2 if model.defaults.guidance_scale > 1 and not model.facts.get("time_cond_proj_dim") else 1
     rows = min(max(usual, built.min), built.max)
     return Range(rows, rows, rows)
-
-
-def _watching(watch: Watch) -> CallbackOnStepEnd:
-    return lambda _pipeline, step, _timestep, _arrays: watch(step)
-
-
-def _noise_source(seeds: Sequence[int], shape: tuple[int, ...]) -> Callable[[int], Floats]:
-    """Successive unit noise for so many images: all from one generator, or each from its own."""
-    generators = [Generator(seed) for seed in seeds]
-    if len(generators) == 1:
-        return lambda images: generators[0].randn((images, *shape[1:]))
-    return lambda images: np.concatenate([generator.randn((1, *shape[1:])) for generator in generators])
 
 
 def _replacement(answer: Mapping[str, Any] | None, latents: Floats, shape: tuple[int, ...]) -> Floats | None:

@@ -1,15 +1,12 @@
 """NVIDIA engines where they run, on a GPU that is only played: what is called, in which order, and every refusal.
 
-The fake device computes y = 2x when the stream is waited for, so that a copy, a launch or a wait
-in the wrong place gives wrong numbers. What it cannot show is what only a GPU can.
+The played engine computes y = 2x (tests.backends.played_cuda). What it cannot show is what only a GPU can.
 """
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from dataclasses import replace
-from enum import IntEnum
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +17,7 @@ from sdcompile.backends.base import Card, write_card
 from sdcompile.backends.trt import cuda, driver, engine, targets
 from sdcompile.errors import HostError, StageError
 from sdcompile.spec import ComponentSpec, Range, TensorSpec
+from tests.backends.played_cuda import FakeCuda, fake_trt
 
 SPEC = ComponentSpec("unet", (TensorSpec("x", ("B", 3), "float32"),), (TensorSpec("y", ("B", 3), "float32"),))
 CARD = Card(
@@ -33,148 +31,6 @@ ADA = Probe(
     available=True, version=tensorrt_rtx.VERSION, devices=("RTX 4090",),
     identity={"gpu": "RTX 4090", "architecture": "sm89", "driver": "CUDA 13.0"},
 )  # fmt: skip
-
-
-class Code(IntEnum):
-    CUDA_SUCCESS = 0
-    CUDA_ERROR_OUT_OF_MEMORY = 2
-
-
-class FakeCuda:
-    """The driver API: memory is host memory, work is queued and done when the stream is waited for."""
-
-    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
-    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-
-    def __init__(self):
-        self.calls, self.memory, self.queue, self.captured = [], {}, [], None
-        self.fail = ""
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            self.calls.append(name)
-            if name == self.fail:
-                return (Code.CUDA_ERROR_OUT_OF_MEMORY,)
-            known = getattr(type(self), f"_{name}", None)
-            result = known(self, *arguments) if known else None
-            return (Code.CUDA_SUCCESS,) if result is None else (Code.CUDA_SUCCESS, result)
-
-        return call
-
-    def put(self, work):
-        (self.queue if self.captured is None else self.captured).append(work)
-
-    def _cuDeviceGet(self, index):  # noqa: N802
-        return index
-
-    def _cuDevicePrimaryCtxRetain(self, device):  # noqa: N802
-        return 7
-
-    def _cuStreamCreate(self, flags):  # noqa: N802
-        return 9
-
-    def _cuMemAlloc(self, size):  # noqa: N802
-        held = ctypes.create_string_buffer(size)
-        self.memory[ctypes.addressof(held)] = held
-        return ctypes.addressof(held)
-
-    def _cuMemHostAlloc(self, size, flags):  # noqa: N802
-        return self._cuMemAlloc(size)
-
-    def _cuMemFree(self, address):  # noqa: N802
-        del self.memory[address]
-
-    _cuMemFreeHost = _cuMemFree  # noqa: N815
-
-    def _cuMemcpyHtoDAsync(self, to, source, size, stream):  # noqa: N802
-        self.put(lambda: ctypes.memmove(to, source, size))
-
-    _cuMemcpyDtoHAsync = _cuMemcpyHtoDAsync  # noqa: N815
-
-    def _cuStreamSynchronize(self, stream):  # noqa: N802
-        assert self.captured is None, "waiting is illegal while a stream is captured"
-        while self.queue:
-            self.queue.pop(0)()
-
-    def _cuStreamBeginCapture(self, stream, mode):  # noqa: N802
-        self.captured = []
-
-    def _cuStreamEndCapture(self, stream):  # noqa: N802
-        graph, self.captured = self.captured, None
-        return graph
-
-    def _cuGraphInstantiate(self, graph, flags):  # noqa: N802
-        return list(graph)
-
-    def _cuGraphLaunch(self, graph, stream):  # noqa: N802
-        self.queue.extend(graph)
-
-
-def fake_trt(api: FakeCuda, *, loads: bool = True, runs: bool = True):
-    """A module with as much of TensorRT-RTX as an engine uses."""
-
-    class Context:
-        def __init__(self):
-            self.addresses, self.shape = {}, None
-
-        def set_tensor_address(self, name, address):
-            self.addresses[name] = address
-            return True
-
-        def set_input_shape(self, name, shape):
-            self.shape = shape
-            return True
-
-        def get_tensor_shape(self, name):
-            return self.shape
-
-        def execute_async_v3(self, stream):
-            assert stream == 9
-            api.calls.append("execute")
-            rows = self.shape[0]
-
-            def double():
-                source = (ctypes.c_float * (3 * rows)).from_address(self.addresses["x"])
-                target = (ctypes.c_float * (3 * rows)).from_address(self.addresses["y"])
-                target[:] = [2 * value for value in source]
-
-            api.put(double)
-            return runs
-
-    class Logger:
-        Severity = SimpleNamespace(ERROR=1)
-
-        def __init__(self):
-            pass
-
-    class Cache:
-        blob = b"kernels"
-
-        def serialize(self):
-            return self.blob
-
-        def deserialize(self, blob):
-            api.calls.append(f"cache:{bytes(blob).decode()}")
-            return True
-
-    class Runtime:
-        def __init__(self, log):
-            api.calls.append("Runtime")
-            self.log = log
-
-        def deserialize_cuda_engine(self, plan):
-            if not loads:
-                self.log.log(1, "serialization assertion failed")
-                return None
-            config = SimpleNamespace(create_runtime_cache=Cache, set_runtime_cache=lambda cache: None)
-            return SimpleNamespace(
-                create_runtime_config=lambda: config, create_execution_context=lambda config=None: Context()
-            )
-
-    return SimpleNamespace(
-        __name__="tensorrt_rtx", ILogger=Logger, Runtime=Runtime, IRuntimeCache=Cache,
-        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER=1),
-    )  # fmt: skip
 
 
 @pytest.fixture

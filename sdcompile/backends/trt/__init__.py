@@ -5,8 +5,9 @@
     graph      what an ONNX graph promises of its engine: attentions, int8 and fp32 layers
     compiling  ONNX -> plan, in a process of its own
     layers     the compiler's own table of what it made, and the claims it has to bear out
-    cuda       device memory, streams and graphs through cuda-bindings
+    cuda       device memory, streams, graphs and kernels through cuda-bindings
     engine     the plan on a GPU
+    arrays     latents that stay on the GPU between two calls of an engine; kernels.cu, and kernels.ptx made of it
 
 Both are strongly typed here: the graph carries the precision, no builder flag does. The module
 (`tensorrt` or `tensorrt_rtx`) is passed in by name; nothing in this room imports either by itself.

@@ -1,4 +1,4 @@
-"""Device memory, pinned host memory, one stream and CUDA graphs, through the driver API of cuda-bindings.
+"""Device memory, pinned host memory, one stream, CUDA graphs and kernels, through the driver API of cuda-bindings.
 
 The driver API alone, so that neither a CUDA toolkit nor torch is needed. It knows no engine.
 """
@@ -6,7 +6,7 @@ The driver API alone, so that neither a CUDA toolkit nor torch is needed. It kno
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdcompile.errors import HostError, StageError
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _HINT = "pip install 'sdcompile[tensorrt-rtx]'"
+_THREADS = 256
+"""Of a block of a kernel."""
 
 
 def load() -> Any:
@@ -71,6 +73,42 @@ class Gpu:
 
     def copy_out(self, host: np.ndarray, address: int, size: int) -> None:
         self._call("cuMemcpyDtoHAsync", host.ctypes.data, address, size, self._stream)
+
+    def copy(self, address: int, source: int, size: int) -> None:
+        """`size` bytes from one place on the device to another."""
+        self._call("cuMemcpyDtoDAsync", address, source, size, self._stream)
+
+    def clear(self, address: int, count: int) -> None:
+        """`count` words of 4 bytes become 0."""
+        self._call("cuMemsetD32Async", address, 0, count, self._stream)
+
+    def kernels(self, ptx: bytes, names: Sequence[str]) -> Mapping[str, Any]:
+        """The kernels of a PTX text, which the driver compiles for its GPU."""
+        module = self._call("cuModuleLoadData", ptx + b"\0")
+        self._frees.append(lambda: self._call("cuModuleUnload", module))
+        return {name: self._call("cuModuleGetFunction", module, name.encode()) for name in names}
+
+    def launch(self, kernel: Any, size: int, parameters: Sequence[Any]) -> None:
+        """Put `kernel` on the stream, a thread for each of `size` values. `parameters` are ctypes values, as its
+        signature has them: the driver copies what the pointers handed to it point to."""
+        pointers = (ctypes.c_void_p * len(parameters))(*map(ctypes.addressof, parameters))
+        blocks = -(-size // _THREADS)
+        self._call(
+            "cuLaunchKernel", kernel, blocks, 1, 1, _THREADS, 1, 1, 0, self._stream, ctypes.addressof(pointers), 0
+        )
+
+    def event(self) -> Any:
+        """A moment that `record` puts on the stream."""
+        event = self._call("cuEventCreate", 0)
+        self._frees.append(lambda: self._call("cuEventDestroy", event))
+        return event
+
+    def record(self, event: Any) -> None:
+        self._call("cuEventRecord", event, self._stream)
+
+    def seconds(self, first: Any, then: Any) -> float:
+        """From one recorded event to another, both of which the stream has passed."""
+        return float(self._call("cuEventElapsedTime", first, then)) / 1e3
 
     def wait(self) -> None:
         self._call("cuStreamSynchronize", self._stream)

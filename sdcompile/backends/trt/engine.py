@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sdcompile.backends.base import Card, Host, Probe, read_card
 from sdcompile.backends.trt import cuda, targets
+from sdcompile.backends.trt.arrays import DeviceArray, DeviceArrays
 from sdcompile.errors import HostError, StageError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class TrtEngine:
 
     Feeds go through pinned memory; copies and kernels are ordered by the stream, and a call waits
     for it once, at its end. A read-only array that is fed again (a prompt's embeddings, at every step) is still
-    on the device and is not copied again.
+    on the device and is not copied again. What `arrays` keeps on the device is copied there and no call waits.
     """
 
     def __init__(
@@ -115,6 +116,9 @@ class TrtEngine:
             self._must(self._context.set_tensor_address(tensor.name, self._device[tensor.name]), "bind", tensor.name)
         # Input -> the array the device has, if that cannot change.
         self._fed: dict[str, np.ndarray] = {}
+        # Inputs whose copies out of pinned memory nobody has waited for.
+        self._underway: set[str] = set()
+        self.arrays = DeviceArrays(gpu, self._on_device) if card.options.get("device_latents", True) else None
         self._graphs: OrderedDict[Key, Any] = OrderedDict()
         self._use_graphs = bool(card.options.get("cuda_graphs", True))
         self.facts: Mapping[str, Any] = {
@@ -128,28 +132,55 @@ class TrtEngine:
         }
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shapes, sent = self._put_on_stream(feeds)
+        for tensor in self.outputs:
+            size = _size(shapes[tensor.name], tensor.dtype)
+            self._gpu.copy_out(self._host[tensor.name], self._device[tensor.name], size)
+        self._wait()
+        self._remember(sent)
+        return {t.name: self._taken(t.name, shapes[t.name], t.dtype) for t in self.outputs}
+
+    def _on_device(self, feeds: Mapping[str, np.ndarray | DeviceArray]) -> dict[str, DeviceArray]:
+        assert self.arrays is not None
+        shapes, sent = self._put_on_stream(feeds)
+        # Of a copy that fails later CUDA tells at the next wait, and at every call after it.
+        self._remember(sent)
+        return {t.name: self.arrays.copied(self._device[t.name], shapes[t.name]) for t in self.outputs}
+
+    def _put_on_stream(
+        self, feeds: Mapping[str, np.ndarray | DeviceArray]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
+        """Feed and run the engine; the shapes of its outputs, and the arrays that were sent from the host."""
         assert self._context is not None, "the engine is closed"
         self._gpu.enter()
         arrays = {t.name: feeds[t.name] for t in self.inputs}
         key = tuple(array.shape for array in arrays.values())
         self._check(key)
-        sent = {name: size for name, array in arrays.items() if (size := self._stage(name, array))}
+        here = {name: array for name, array in arrays.items() if not isinstance(array, DeviceArray)}
+        sent = {name: size for name, array in here.items() if (size := self._stage(name, array))}
         for name, size in sent.items():
             self._gpu.copy_in(self._device[name], self._host[name], size)
+            self._underway.add(name)
+        for name, array in arrays.items():
+            if isinstance(array, DeviceArray):
+                self._fed.pop(name, None)
+                self._gpu.copy(self._device[name], array.address, array.nbytes)
         self._run(key)
         shapes = {t.name: tuple(self._context.get_tensor_shape(t.name)) for t in self.outputs}
-        for tensor in self.outputs:
-            size = _size(shapes[tensor.name], tensor.dtype)
-            self._gpu.copy_out(self._host[tensor.name], self._device[tensor.name], size)
+        return shapes, {name: here[name] for name in sent}
+
+    def _remember(self, sent: Mapping[str, np.ndarray]) -> None:
+        self._fed |= {name: array for name, array in sent.items() if _is_constant(array)}
+
+    def _wait(self) -> None:
         self._gpu.wait()
-        self._fed |= {name: arrays[name] for name in sent if _is_constant(arrays[name])}
-        return {t.name: self._taken(t.name, shapes[t.name], t.dtype) for t in self.outputs}
+        self._underway.clear()
 
     def close(self) -> None:
         if self._context is None:
             return
         self._gpu.enter()
-        self._gpu.wait()
+        self._wait()
         self._runtime_cache.save()
         while self._graphs:
             self._gpu.forget(self._graphs.popitem()[1])
@@ -175,7 +206,7 @@ class TrtEngine:
         # The first call of a shape finishes its lazy work (kernels, memory), which a capture may not hold.
         self._enqueue()
         if self._use_graphs:
-            self._gpu.wait()
+            self._wait()
             while len(self._graphs) >= _GRAPHS:
                 self._gpu.forget(self._graphs.popitem(last=False)[1])
             self._graphs[key] = self._gpu.capture(self._enqueue)
@@ -194,6 +225,8 @@ class TrtEngine:
         if array is self._fed.get(name):
             return 0
         self._fed.pop(name, None)
+        if name in self._underway:
+            self._wait()
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._host[name][: flat.size] = flat
         return int(flat.size)
