@@ -180,6 +180,11 @@ class Backend:
     fits: Callable[[Path], str] = _fits_all
 
 
+def is_constant(array: np.ndarray) -> bool:
+    """Can nobody write to this array? A read-only view of a writable one would not do."""
+    return array.flags.owndata and not array.flags.writeable
+
+
 CARD = "engine.json"
 LAYERS = "layers.json"
 """Where an engine folder keeps its compiler's own layer table and what was claimed of it, if the compiler gives one:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sdcompile.backends.base import Backend, Card, Host, Probe, card_from_job, read_card, write_card
+from sdcompile.backends.onnxruntime_binding import Bindings
 from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError, StageError
 from sdcompile.files import link
@@ -54,6 +56,8 @@ class Options(BaseModel):
     threads             worker threads; the host's wish at run time comes first
     builder_optimization_level, workspace_mib, hardware_compatibility, timing_cache
                         of provider tensorrt alone: what they are for backend tensorrt
+    cuda_graphs         of provider cuda alone: replay each shape as one CUDA graph from its third call on. ONNX
+                        Runtime refuses graphs of which the CPU has to compute a part
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,13 +69,14 @@ class Options(BaseModel):
     workspace_mib: int | None = Field(default=None, ge=1)
     hardware_compatibility: Literal["none", "ampere_plus"] | None = None
     timing_cache: bool | None = None
+    cuda_graphs: bool | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Options:
-        given = [name for name in _TENSORRT_ALONE if getattr(self, name) is not None]
-        if given and self.provider != "tensorrt":
-            text = f"{given[0]} is for provider tensorrt, and provider is {self.provider}"
-            raise PydanticCustomError("sdcompile", "{text}", {"text": text})
+        for name, provider in _OF_PROVIDER.items():
+            if getattr(self, name) is not None and self.provider != provider:
+                text = f"{name} is for provider {provider}, and provider is {self.provider}"
+                raise PydanticCustomError("sdcompile", "{text}", {"text": text})
         return self
 
     @property
@@ -79,7 +84,10 @@ class Options(BaseModel):
         return "cpu" if self.provider == "auto" else self.provider
 
 
-_TENSORRT_ALONE = ("builder_optimization_level", "workspace_mib", "hardware_compatibility", "timing_cache")
+_OF_PROVIDER = {
+    "builder_optimization_level": "tensorrt", "workspace_mib": "tensorrt", "hardware_compatibility": "tensorrt",
+    "timing_cache": "tensorrt", "cuda_graphs": "cuda",
+}  # fmt: skip
 
 
 def probe() -> Probe:
@@ -188,7 +196,7 @@ def open_engine(folder: Path, host: Host) -> OnnxRuntimeEngine:
     card = read_card(folder, BACKEND.name)
     options = Options.model_validate(dict(card.options))
     session = _session(folder / "model.onnx", options, host, card=card)
-    return OnnxRuntimeEngine(card, session, options.device)
+    return OnnxRuntimeEngine(card, session, options)
 
 
 def tensorrt_options(options: Options, card: Card, engines: Path) -> dict[str, str]:
@@ -279,8 +287,10 @@ def _session(
     providers: list[Any] = [wanted]
     if device != "cpu":
         # TF32 would make "fp32" mean 10 bits of mantissa.
-        cuda = (_PROVIDERS["cuda"], {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})
-        providers = [cuda, _PROVIDERS["cpu"]]
+        told = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+        if options.cuda_graphs:
+            told["enable_cuda_graph"] = "1"
+        providers = [(_PROVIDERS["cuda"], told), _PROVIDERS["cpu"]]
         ort.preload_dlls()
     if device == "tensorrt":
         assert card is not None
@@ -290,7 +300,10 @@ def _session(
         session = ort.InferenceSession(path, settings, providers=providers)
     except Exception as error:
         # ONNX Runtime's exception classes derive from Exception alone.
-        raise StageError(f"ONNX Runtime refuses {path.name}: {str(error).splitlines()[0]}") from error
+        raise StageError(
+            f"ONNX Runtime refuses {path.name}: {str(error).splitlines()[0]}",
+            "if it cannot capture the graph: build it with cuda_graphs: false" if options.cuda_graphs else "",
+        ) from error
     session.disable_fallback()
     # get_available_providers() lists what was compiled in; only the session knows what loaded.
     if session.get_providers()[0] != wanted:
@@ -302,16 +315,21 @@ def _session(
 
 
 class OnnxRuntimeEngine:
-    """An ONNX Runtime session. On a GPU its inputs and outputs are bound to host memory (never run on one yet)."""
+    """An ONNX Runtime session. On a GPU its inputs and outputs are bound to the device's memory (never run on one
+    yet)."""
 
-    def __init__(self, card: Card, session: ort.InferenceSession, device: str) -> None:
+    def __init__(self, card: Card, session: ort.InferenceSession, options: Options) -> None:
         self.inputs, self.outputs = card.spec.inputs, card.spec.outputs
+        self._names = [tensor.name for tensor in self.outputs]
         self._session: ort.InferenceSession | None = session
-        self._device = device
+        self._bindings: Bindings | None = None
+        if options.device != "cpu":
+            # TensorRT's provider takes what lies in CUDA's memory as well.
+            self._bindings = Bindings(session, self._names, "cuda", graphs=bool(options.cuda_graphs))
         self.facts: Mapping[str, Any] = {
-            "device": device,
+            "device": options.device,
             "provider": session.get_providers()[0],
-            "precision": _computed_in(card, device),
+            "precision": _computed_in(card, options.device),
             "asked": card.precision,
             "threads": session.get_session_options().intra_op_num_threads or None,
             **card.measured,
@@ -319,24 +337,13 @@ class OnnxRuntimeEngine:
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert self._session is not None, "the engine is closed"
-        names = [t.name for t in self.outputs]
         arrays = {t.name: feeds[t.name] for t in self.inputs}
-        if self._device != "cpu":
-            return dict(zip(names, self._bound(names, arrays), strict=True))
-        return dict(zip(names, self._session.run(names, arrays), strict=True))
-
-    def _bound(self, names: list[str], arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        assert self._session is not None
-        binding = self._session.io_binding()
-        for name, array in arrays.items():
-            binding.bind_cpu_input(name, array)
-        for name in names:
-            binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
-        outputs: list[np.ndarray] = binding.copy_outputs_to_cpu()
-        return outputs
+        run = self._bindings or partial(self._session.run, self._names)
+        return dict(zip(self._names, run(arrays), strict=True))
 
     def close(self) -> None:
+        # What is bound goes before the session whose memory it is.
+        self._bindings = None
         self._session = None
 
 

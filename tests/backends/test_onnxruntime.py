@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 
 from sdcompile.backends import Host, onnxruntime
 from sdcompile.backends.base import read_card
+from sdcompile.backends.onnxruntime_binding import Bindings
 from sdcompile.errors import HostError, StageError
 
 pytestmark = pytest.mark.tiny
@@ -88,13 +90,15 @@ def test_every_optimization_level_gives_the_same_picture(level, forms, tmp_path)
     assert read_card(tmp_path / level, "onnxruntime").options == {"graph_optimization": level}
 
 
-def test_a_session_with_bound_outputs_gives_the_same_arrays(forms, tmp_path):
+def test_a_bound_session_gives_the_same_arrays(forms, tmp_path):
     # The CUDA engine's way of calling, exercised on the CPU: no GPU was at hand.
     model = forms("vae_decoder")
     engine = model.engine("onnxruntime", tmp_path)
     plain = engine(model.feeds())["sample"]
-    engine._device = "cuda"
-    np.testing.assert_array_equal(engine(model.feeds())["sample"], plain)
+    engine._bindings = Bindings(engine._session, ["sample"], "cpu", graphs=True)
+    for _ in range(3):
+        np.testing.assert_array_equal(engine(model.feeds())["sample"], plain)
+    engine.close()
 
 
 def test_an_engine_of_another_backend_is_refused(forms, tmp_path):
@@ -133,7 +137,8 @@ def played(monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: GPU)
     monkeypatch.setattr(ort, "InferenceSession", Session)
     monkeypatch.setattr(ort, "preload_dlls", lambda: None)
-    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())
+    # torch, when it is first imported, asks for the module's spec.
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__spec__=ModuleSpec("tensorrt", None)))
     return asked
 
 
@@ -182,6 +187,24 @@ def test_the_timing_cache_can_be_turned_off_and_tensorrts_options_are_for_tensor
     assert not [name for name in played.providers[-1][0][1] if "timing" in name]
     with pytest.raises(ValidationError, match="workspace_mib is for provider tensorrt, and provider is cuda"):
         onnxruntime.Options(provider="cuda", workspace_mib=512)
+
+
+def test_cuda_graphs_are_asked_for_where_they_are_wanted_and_are_for_cuda(forms, tmp_path, played, monkeypatch):
+    model, played.loads = forms("vae_decoder"), GPU[1:]
+    for name, build in (("with", {"cuda_graphs": True}), ("without", {"cuda_graphs": False}), ("unsaid", {})):
+        model.build("onnxruntime", tmp_path / name, provider="cuda", **build)
+        told = dict(provider for provider in played.providers[-1] if not isinstance(provider, str))
+        assert told[GPU[1]].get("enable_cuda_graph") == ("1" if name == "with" else None)
+    with pytest.raises(ValidationError, match="cuda_graphs is for provider cuda, and provider is tensorrt"):
+        onnxruntime.Options(provider="tensorrt", cuda_graphs=True)
+
+    def refusing(*_, **__):
+        raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+
+    monkeypatch.setattr(ort, "InferenceSession", refusing)
+    with pytest.raises(StageError, match="cannot use the graph capture feature") as told:
+        model.build("onnxruntime", tmp_path / "refused", provider="cuda", cuda_graphs=True)
+    assert "cuda_graphs: false" in told.value.hint
 
 
 def test_tensorrts_graph_has_no_operator_of_onnx_runtimes_own_and_int8_is_refused():

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from sdcompile.backends.base import Card, Host, Probe, read_card
+from sdcompile.backends.base import Card, Host, Probe, is_constant, read_card
 from sdcompile.backends.trt import cuda, targets
 from sdcompile.backends.trt.arrays import DeviceArray, DeviceArrays
 from sdcompile.errors import HostError, StageError
@@ -170,7 +170,7 @@ class TrtEngine:
         return shapes, {name: here[name] for name in sent}
 
     def _remember(self, sent: Mapping[str, np.ndarray]) -> None:
-        self._fed |= {name: array for name, array in sent.items() if _is_constant(array)}
+        self._fed |= {name: array for name, array in sent.items() if is_constant(array)}
 
     def _wait(self) -> None:
         self._gpu.wait()
@@ -295,11 +295,6 @@ def _log(trt: Any) -> Any:
             return "; ".join(dict.fromkeys(self.errors[-3:])) or "no reason given"
 
     return Log()
-
-
-def _is_constant(array: np.ndarray) -> bool:
-    """Can nobody write to this array? A read-only view of a writable one would not do."""
-    return array.flags.owndata and not array.flags.writeable
 
 
 def _size(shape: tuple[int, ...], dtype: str) -> int:
