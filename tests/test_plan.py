@@ -221,6 +221,19 @@ def on_gpu(**probe):
     return replace(machine(), probes={**machine().probes, "tensorrt_rtx": Probe(True, version="1.7", **probe)})
 
 
+@pytest.mark.parametrize(("architecture", "refused"), [("sm75", True), ("sm86", False)])
+def test_what_the_gpu_here_cannot_build_is_known_when_it_is_planned(plan, architecture, refused):
+    gpu = {"gpu": "RTX 2080", "architecture": architecture, "driver": "CUDA 13.0"}
+    here = replace(machine(), probes={**machine().probes, "tensorrt": Probe(True, version="11.4", identity=gpu)})
+    steps = [
+        plan("backend=tensorrt", "components={}", *options, on=here)["unet.compile.tensorrt"]
+        for options in (("precision=bf16",), ("precision=fp16", "build={hardware_compatibility: ampere_plus}"))
+    ]
+    assert [step.cannot.split(" can be built")[0] for step in steps] == (
+        ["bf16", "hardware_compatibility: ampere_plus"] if refused else ["", ""]
+    )
+
+
 RTX = ("backend=tensorrt_rtx", "precision=fp16", "build={}", "components={}")
 
 

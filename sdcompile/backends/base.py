@@ -125,7 +125,7 @@ def _as_exported(options: BaseModel) -> Mapping[str, Any]:
     return {}
 
 
-def _lacks_nothing(found: Probe, options: BaseModel) -> str:
+def _lacks_nothing(found: Probe, precision: Precision, options: BaseModel) -> str:
     return ""
 
 
@@ -153,8 +153,8 @@ class Backend:
     memory     peak resident memory of `build`: (times the component's fp32 bytes, plus GiB)
     verifiable False for engines that compute nothing a reference could be compared with
     refuses    (precision, options) -> why such an engine can be built nowhere, one line each
-    lacks      (what `probe` found, options) -> why this machine, though the backend is here, cannot build with them
-               ("" = it can)
+    lacks      (what `probe` found, precision, options) -> why this machine, though the backend is here, cannot
+               build such an engine ("" = it can)
     fits       dir -> which of the engines in it this machine runs ("" where there is one for all), nothing
                loaded; raises HostError. Called only where `probe` finds the backend available
     """
@@ -176,7 +176,7 @@ class Backend:
     memory: tuple[float, float] = (1.2, 0.6)
     verifiable: bool = True
     refuses: Callable[[Precision, BaseModel], list[str]] = _takes_all
-    lacks: Callable[[Probe, BaseModel], str] = _lacks_nothing
+    lacks: Callable[[Probe, Precision, BaseModel], str] = _lacks_nothing
     fits: Callable[[Path], str] = _fits_all
 
 

@@ -115,7 +115,7 @@ def refuses(precision: Precision, options: BaseModel) -> list[str]:
     return []
 
 
-def lacks(found: Probe, options: BaseModel) -> str:
+def lacks(found: Probe, precision: Precision, options: BaseModel) -> str:
     """The provider that is asked for and not installed here."""
     assert isinstance(options, Options)
     if options.device == "cpu" or options.device in found.devices:

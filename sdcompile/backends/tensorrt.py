@@ -31,7 +31,6 @@ OLDEST, NEWEST = (10, 13), (12, 0)
 _DISTRIBUTIONS = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 _HINT = "pip install 'sdcompile[tensorrt]'"
 _ELSEWHERE = "build on a machine with the GPU it is for, or with backend tensorrt_rtx, which needs none"
-_NEWER = "build in fp16, with hardware_compatibility: none, or on a newer GPU"
 _COMPATIBILITY = {"none": "NONE", "ampere_plus": "AMPERE_PLUS", "same_compute_capability": "SAME_COMPUTE_CAPABILITY"}
 
 
@@ -128,8 +127,8 @@ def build(src: Path, out: Path, job: Job) -> None:
         raise HostError(f"backend tensorrt cannot build here: {found.reason}", found.hint)
     assert found.version is not None
     options = Options.model_validate(dict(job.params.get("options") or {}))
-    if why := too_old(found.identity["architecture"], job.precision, options):
-        raise HostError(f"{job.component}: {why}; the GPU here is {found.identity['gpu']}", _NEWER)
+    if why := lacks(found, job.precision, options):
+        raise HostError(f"{job.component}: {why}")
     given = order(options, job, src / "model.onnx", found.version, found.identity)
     ampere = options.hardware_compatibility == "ampere_plus"
     target = targets.AMPERE_PLUS if ampere else found.identity["architecture"]
@@ -141,14 +140,25 @@ def build(src: Path, out: Path, job: Job) -> None:
         shutil.copy2(given.timing_cache, out / "timing.cache")
 
 
-def too_old(architecture: str, precision: Precision, options: Options) -> str:
-    """Why a GPU of `architecture` ("sm75") cannot build this; "" = it can. Ampere (sm80) has what Turing lacks."""
-    if int(architecture.removeprefix("sm")) >= 80:
+def lacks(found: Probe, precision: Precision, options: BaseModel) -> str:
+    """Why the GPU here cannot build this; "" = it can. Ampere (sm80) has what Turing lacks."""
+    assert isinstance(options, Options)
+    if not found.identity or int(found.identity["architecture"].removeprefix("sm")) >= 80:
         return ""
-    if precision == "bf16":
-        return "bf16 needs a GPU from Ampere on"
-    compatible = options.hardware_compatibility == "ampere_plus"
-    return "hardware_compatibility: ampere_plus needs a GPU from Ampere on to build on" if compatible else ""
+    asked = {
+        "bf16": ("in fp16", precision == "bf16"),
+        "hardware_compatibility: ampere_plus": (
+            "with hardware_compatibility: none", options.hardware_compatibility == "ampere_plus",
+        ),
+    }  # fmt: skip
+    faults = {name: instead for name, (instead, wanted) in asked.items() if wanted}
+    if not faults:
+        return ""
+    device = f"{found.identity['gpu']} ({found.identity['architecture']})"
+    return (
+        f"{' and '.join(faults)} can be built on GPUs from Ampere on; the GPU here is {device} "
+        f"(build it {', '.join(faults.values())}, or on a newer GPU)"
+    )
 
 
 def _timings(job: Job, version: str, identity: Mapping[str, str]) -> Path | None:
@@ -184,6 +194,7 @@ BACKEND = Backend(
     probe=probe,
     build=build,
     open=open_engine,
+    lacks=lacks,
     fits=fits_here,
     memory=(1.6, 0.6),
     packages=_DISTRIBUTIONS,

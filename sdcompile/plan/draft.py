@@ -81,7 +81,8 @@ class Draft:
         stage, gives, revision, packages, host, cannot = _about(op, self.machine)
         if op in BACKENDS and not cannot:
             backend = BACKENDS[op]
-            cannot = backend.lacks(self.machine.probes[op], backend.options.model_validate(params["options"]))
+            options = backend.options.model_validate(params["options"])
+            cannot = backend.lacks(self.machine.probes[op], precision, options)
         letters = {d for t in (*spec.inputs, *spec.outputs) for d in t.dims} if spec and shapes else set()
         bound = {letter: bounds for letter, bounds in (shapes or {}).items() if not spec or letter in letters}
         parts = {

@@ -103,22 +103,27 @@ def test_options_become_flags_and_settings_and_nothing_is_set_unasked():
 @pytest.mark.parametrize(
     ("architecture", "precision", "options", "why"),
     [
-        ("sm75", "bf16", {}, "bf16 needs a GPU from Ampere on"),
-        ("sm75", "fp16", {"hardware_compatibility": "ampere_plus"}, "needs a GPU from Ampere on to build on"),
+        ("sm75", "bf16", {}, r"bf16 can be built on GPUs from Ampere on; .* \(build it in fp16, or on a newer GPU\)"),
+        ("sm75", "fp16", {"hardware_compatibility": "ampere_plus"}, "hardware_compatibility: ampere_plus can be built"),
+        ("sm75", "bf16", {"hardware_compatibility": "ampere_plus"}, "bf16 and hardware_compatibility: ampere_plus can"),
         ("sm75", "fp16", {}, ""),
         ("sm75", "fp16", {"hardware_compatibility": "same_compute_capability"}, ""),
         ("sm80", "bf16", {"hardware_compatibility": "ampere_plus"}, ""),
         ("sm120", "bf16", {}, ""),
+        ("", "bf16", {}, ""),
     ],
 )
 def test_what_turing_lacks_is_said_before_anything_is_built(architecture, precision, options, why, monkeypatch):
-    assert why in backend.too_old(architecture, precision, backend.Options(**options))
+    gpu = {**GPU, "gpu": "RTX 2080", "architecture": architecture} if architecture else {}
+    found = Probe(True, version="11.4", identity=gpu)
+    said = backend.lacks(found, precision, backend.Options(**options))
+    assert bool(said) == bool(why)
     if why:
-        found = Probe(True, version="11.4", identity={**GPU, "gpu": "RTX 2080", "architecture": architecture})
         monkeypatch.setattr(backend, "probe", lambda: found)
         job = replace(JOB, precision=precision, params={"family": "sd", "options": options})
-        with pytest.raises(HostError, match=f"unet: .*{why}; the GPU here is RTX 2080"):
+        with pytest.raises(HostError, match=f"unet: {why}") as caught:
             backend.build(Path("nowhere"), Path("nowhere"), job)
+        assert "the GPU here is RTX 2080 (sm75)" in caught.value.message
 
 
 def test_timings_are_kept_outside_the_step_one_file_per_version_and_gpu(tmp_path):
