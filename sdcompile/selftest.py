@@ -195,7 +195,8 @@ def _raced(bundles: list[Path], source: str) -> dict[str, Any]:
 
 
 def _timed(bundle: Path) -> dict[str, Any]:
-    """Seconds of images after the first, which makes kernels and graphs; milliseconds of the denoiser's calls."""
+    """Seconds of images after the first, which makes kernels and graphs; milliseconds of the denoiser's calls; and
+    whether latents that stay on the GPU between steps are those of the host's loop, bit for bit."""
     from sdcompile import load
 
     with load(bundle) as pipeline:
@@ -204,8 +205,15 @@ def _timed(bundle: Path) -> dict[str, Any]:
             began = time.perf_counter()
             timings = pipeline(_PROMPT, seed=seed, num_inference_steps=_STEPS, output_type="np").timings
             outputs.append((time.perf_counter() - began, timings["denoise_s"]))
+
+        def drawn(**look: Any) -> Any:
+            return pipeline(_PROMPT, seed=0, num_inference_steps=_STEPS, output_type="latent", **look)
+
+        there, here = drawn(), drawn(callback_on_step_end=lambda *_: None)
+        latents = {"on_device": there.timings["on_device"][0], "as_on_host": bool((there.images == here.images).all())}
     calls = sorted(1e3 * seconds for _, denoise in outputs[1:] for seconds in denoise)
     return {
+        "latents": latents,
         "first_image_s": round(outputs[0][0], 4),
         "image_s": [round(seconds, 4) for seconds, _ in outputs[1:]],
         "denoiser_call_ms": {"median": round(calls[len(calls) // 2], 3), "worst": round(calls[-1], 3)},

@@ -35,7 +35,7 @@ def _bundle(job: Job) -> tuple[Draw, str]:
     def draw(prompt: str, latents: np.ndarray, callback: Callable[..., Any]) -> Made:
         output = pipe(
             prompt, **job["call"], sampler=job["sampler"], num_images_per_prompt=len(latents), latents=latents,
-            output_type="np", callback_on_step_end=callback,
+            output_type="np", watch=callback,
         )  # fmt: skip
         told = output.timings
         parts = {name: float(told[name]) for name in ("text_encoder_s", "vae_s", "open_s")}

@@ -28,18 +28,24 @@ class Code(IntEnum):
     CUDA_ERROR_NOT_READY = 600
 
 
-def kernels(folder: Path, source: str | None = None) -> ctypes.CDLL:
-    """kernels.cu, or a `source` altered for a test, for the CPU; skips the test where there is no g++."""
+def compiled(folder: Path, source: str, library: str) -> Path:
+    """One of the C++ files beside this one as a shared library, with the kernels.cu that lies in `folder`.
+
+    Skips the test where there is no g++."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ here: kernels.cu cannot be compiled for the CPU")
-    (folder / "kernels.cu").write_text(SOURCE.read_text() if source is None else source)
-    library = folder / "kernels.so"
     subprocess.run(
-        ["g++", "-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", f"-I{folder}", "-o", library,
-         Path(__file__).with_name("kernels_on_cpu.cpp")],
+        ["g++", "-O1", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", f"-I{folder}", "-o", folder / library,
+         Path(__file__).with_name(source), "-ldl"],
         check=True,
     )  # fmt: skip
-    loaded = ctypes.CDLL(str(library))
+    return folder / library
+
+
+def kernels(folder: Path, source: str | None = None) -> ctypes.CDLL:
+    """kernels.cu, or a `source` altered for a test, for the CPU."""
+    (folder / "kernels.cu").write_text(SOURCE.read_text() if source is None else source)
+    loaded = ctypes.CDLL(str(compiled(folder, "kernels_on_cpu.cpp", "kernels.so")))
     loaded.prepare.restype = ctypes.c_void_p
     loaded.perform.argtypes = [ctypes.c_void_p]
     return loaded
@@ -48,6 +54,7 @@ def kernels(folder: Path, source: str | None = None) -> ctypes.CDLL:
 class FakeCuda:
     """The driver API."""
 
+    stream = 9
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
 
@@ -182,7 +189,7 @@ def fake_trt(api: FakeCuda, *, loads: bool = True, runs: bool = True, compute=do
             return next(iter(self.shapes.values()))
 
         def execute_async_v3(self, stream):
-            assert stream == 9
+            assert stream == api.stream
             api.calls.append("execute")
             shapes = dict(self.shapes)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdcompile import selftest
 from sdcompile.backends import Host, Probe
 from sdcompile.backends.base import Card, write_card
 from sdcompile.backends.trt import cuda, engine
@@ -295,3 +296,14 @@ def test_cached_steps_are_made_on_the_host(opened):
     request = SimpleNamespace(early_stop=None)
     assert device_for(denoiser, some_table(0, 1), request, 2, looks=False) is None
     assert device_for(replace(denoiser, features=None), some_table(0, 1), request, 2, looks=False) is running.arrays
+
+
+def test_the_selftest_compares_latents_of_the_device_with_those_of_the_host(opened, tmp_path, monkeypatch):
+    model = model_in(tmp_path)
+    monkeypatch.setattr(selftest, "_STEPS", 4)
+    monkeypatch.setattr(selftest, "_PROMPT", "red circle")
+    real = DeviceArrays.weighted
+    for weighted, same in ((real, True), (lambda self, terms: real(self, terms[:-1]), False)):
+        monkeypatch.setattr("sdcompile.load", lambda bundle: Pipeline(model, Mixed(opened()[0])))
+        monkeypatch.setattr(DeviceArrays, "weighted", weighted)
+        assert selftest._timed(Path("bundle"))["latents"] == {"on_device": True, "as_on_host": same}
