@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <deque>
 #include <dlfcn.h>
 #include <vector>
 
@@ -13,7 +14,8 @@
 using Address = unsigned long long;
 using Queue = std::vector<Launch>;
 
-static Queue queue, *captured;
+static std::deque<Launch> queue;
+static Queue *captured;
 static float now;
 static int stream, module;
 
@@ -22,8 +24,18 @@ enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_PTX = 218, INVALID_HANDLE = 400, 
 static int put(void *on, Launch work)
 {
     if (on != &stream) return INVALID_HANDLE;
-    (captured ? *captured : queue).push_back(std::move(work));
+    if (captured) captured->push_back(std::move(work));
+    else queue.push_back(std::move(work));
     return SUCCESS;
+}
+
+static void work_until(const std::function<bool()> &enough)
+{
+    while (!enough()) {
+        Launch work = std::move(queue.front());
+        queue.pop_front();
+        work();
+    }
 }
 
 static int copy(void *to, const void *from, std::size_t size, void *on)
@@ -51,7 +63,7 @@ int cuStreamDestroy_v2(void *on) { return on == &stream ? SUCCESS : INVALID_HAND
 int cuStreamSynchronize(void *on)
 {
     if (on != &stream || captured) return INVALID_HANDLE;
-    for (auto &work : Queue(std::exchange(queue, {}))) work();
+    work_until([] { return queue.empty(); });
     return SUCCESS;
 }
 
@@ -90,13 +102,18 @@ int cuLaunchKernel(
     return launch ? put(on, [=] { perform(launch); }) : NOT_FOUND;
 }
 
-int cuEventCreate(void **made, unsigned) { *made = new float(-1); return SUCCESS; }
+int cuEventCreate(void **made, unsigned) { *made = new float(0); return SUCCESS; }
 int cuEventDestroy_v2(void *event) { delete static_cast<float *>(event); return SUCCESS; }
 int cuEventRecord(void *event, void *on)
 {
     float *at = static_cast<float *>(event);
     *at = -1;
     return put(on, [=] { *at = now += 1; });
+}
+int cuEventSynchronize(void *event)
+{
+    work_until([=] { return *static_cast<float *>(event) >= 0; });
+    return SUCCESS;
 }
 int cuEventElapsedTime_v2(float *milliseconds, void *first, void *then)
 {

@@ -130,16 +130,20 @@ class FakeCuda:
         self.put(lambda: self.library.perform(launch))
 
     def _cuEventCreate(self, flags):  # noqa: N802
-        return SimpleNamespace(at=None)
+        return SimpleNamespace(at=None, recorded=False)
 
     def _cuEventRecord(self, event, stream):  # noqa: N802
         assert stream == 9
-        event.at = None
+        event.at, event.recorded = None, True
         self.put(lambda: self._pass(event))
 
     def _pass(self, event):
         self.now += 1.0
         event.at = self.now
+
+    def _cuEventSynchronize(self, event):  # noqa: N802
+        while event.recorded and event.at is None:
+            self.queue.pop(0)()
 
     def _cuEventElapsedTime(self, first, then):  # noqa: N802
         return Code.CUDA_ERROR_NOT_READY if None in (first.at, then.at) else then.at - first.at

@@ -166,11 +166,22 @@ def test_nothing_waits_but_reading(library):
     assert same(arrays.get(result), NUMPY.weighted([(NUMPY.scaled(some(0), 2.0), 1.0)]))
 
 
-def test_pinned_memory_is_not_written_over_before_it_was_read(library):
-    api, arrays = played(library)
+def test_pinned_memory_is_not_written_over_before_it_was_read(library, monkeypatch):
+    arrays = played(library)[1]
     there = [arrays.put(some(seed)) for seed in range(3)]
-    assert api.calls.count("cuStreamSynchronize") == 2
     assert all(same(arrays.get(array), some(seed)) for seed, array in enumerate(there))
+    monkeypatch.setattr(Gpu, "wait_for", lambda self, event: None)
+    there = [arrays.put(some(seed)) for seed in range(3)]
+    assert not same(arrays.get(there[0]), some(0)), "which takes waiting"
+
+
+def test_sending_waits_for_no_more_than_the_copy_before(library):
+    api, arrays = played(library)
+    arrays.put(some(0))
+    for seed in range(1, 4):
+        arrays.scaled(arrays.put(some(seed)), 2.0)
+    assert len(api.queue) == 4, "a kernel, the last copy, its event, and another kernel"
+    assert "cuStreamSynchronize" not in api.calls
 
 
 def test_blocks_are_used_again_and_views_keep_theirs(library):
@@ -215,7 +226,7 @@ def test_closing_the_gpu_frees_blocks_staging_kernels_and_events(library):
     gpu.close()
     assert not api.memory
     assert api.calls.count("cuModuleUnload") == api.calls.count("cuModuleLoadData") == 1
-    assert api.calls.count("cuEventDestroy") == api.calls.count("cuEventCreate") == 1
+    assert api.calls.count("cuEventDestroy") == api.calls.count("cuEventCreate") == 2
     del kept
 
 

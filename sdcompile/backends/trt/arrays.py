@@ -1,6 +1,7 @@
 """Latents on the GPU between two calls of an engine: `backends.base.Device` with the kernels in kernels.cu.
 
-Everything is put on the engine's stream and nothing waits but `get` and `wait`, so the host may be steps ahead.
+Everything is put on the engine's stream and nothing waits for all of it but `get` and `wait`, so the host may be
+steps ahead; `put` waits for the last copy of that size, so that drawing noise in every step keeps it one step ahead.
 Blocks of memory are used again as soon as nothing here points to them: what is put on the stream later runs later.
 """
 
@@ -78,8 +79,8 @@ class DeviceArrays:
     def __init__(self, gpu: Gpu, run: Callable[[Mapping[str, Any]], dict[str, DeviceArray]]) -> None:
         self._gpu, self.run = gpu, run
         self._free: dict[int, list[int]] = {}
-        self._staging: dict[int, np.ndarray] = {}
-        self._staged = False
+        # Size -> pinned memory, and the moment from which on it may be written to.
+        self._staging: dict[int, tuple[np.ndarray, Any]] = {}
         self._events: list[Any] = []
         self._marks = 0
 
@@ -102,13 +103,10 @@ class DeviceArrays:
 
         assert array.dtype == np.float32
         made = self.empty(array.shape)
-        if self._staged:
-            # The last copy out of pinned memory may still be to come.
-            self.wait()
-        pinned = self._pinned(made.nbytes)
+        pinned, copied = self._pinned(made.nbytes)
         pinned[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._gpu.copy_in(made.address, pinned, made.nbytes)
-        self._staged = True
+        self._gpu.record(copied)
         return made
 
     def get(self, array: DeviceArray) -> np.ndarray:
@@ -158,7 +156,6 @@ class DeviceArrays:
 
     def wait(self) -> None:
         self._gpu.wait()
-        self._staged = False
 
     def mark(self) -> None:
         if self._marks == len(self._events):
@@ -174,16 +171,16 @@ class DeviceArrays:
         self._gpu.launch(self._kernels[kernel], size, (*parameters, ctypes.c_uint32(size)))
 
     def _taken(self, array: DeviceArray, dtype: str) -> np.ndarray:
-        if self._staged:
-            self.wait()
-        pinned = self._pinned(array.nbytes)
+        pinned, _ = self._pinned(array.nbytes)
         self._gpu.copy_out(pinned, array.address, array.nbytes)
         self._gpu.wait()
         return pinned.view(dtype).reshape(array.shape).copy()
 
-    def _pinned(self, size: int) -> np.ndarray:
+    def _pinned(self, size: int) -> tuple[np.ndarray, Any]:
+        """Pinned memory out of which no copy is still to come, and the event to record after the next one."""
         if size not in self._staging:
-            self._staging[size] = self._gpu.pinned(size)
+            self._staging[size] = self._gpu.pinned(size), self._gpu.event()
+        self._gpu.wait_for(self._staging[size][1])
         return self._staging[size]
 
 

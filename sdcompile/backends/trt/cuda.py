@@ -106,6 +106,10 @@ class Gpu:
     def record(self, event: Any) -> None:
         self._call("cuEventRecord", event, self._stream)
 
+    def wait_for(self, event: Any) -> None:
+        """Until the stream has passed `event`; at once where it was never recorded."""
+        self._call("cuEventSynchronize", event)
+
     def seconds(self, first: Any, then: Any) -> float:
         """From one recorded event to another, both of which the stream has passed."""
         return float(self._call("cuEventElapsedTime", first, then)) / 1e3
