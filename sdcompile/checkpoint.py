@@ -41,16 +41,18 @@ def load(family: str, component: str, folder: Path, params: Mapping[str, Any]) -
     return module.eval().requires_grad_(False)
 
 
-def save(model: nn.Module, source: Path, out: Path, made: Sequence[edits.Edit]) -> str:
-    """Write `model`, which is what the config in `source` means after the edits `made`, into `out`.
+def save(
+    model: nn.Module, source: Path, out: Path, made: Sequence[edits.Edit], fields: Mapping[str, Any] | None = None
+) -> str:
+    """Write `model`, which is what the config in `source`, with `fields`, means after the edits `made`, into `out`.
 
     Where an ordinary config can say the same, `out` is an ordinary diffusers folder, and "" is
-    returned; else config.json is the source's, edits.json says the rest, and why is returned. Weights
+    returned; else config.json is the source's (with `fields`), edits.json says the rest, and why is returned. Weights
     go out tensor by tensor.
     """
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = {**json.loads((source / "config.json").read_text(encoding="utf-8")), **(fields or {})}
     plain, why = edits.in_config(config, made)
-    if made and not why:
+    if fields or (made and not why):
         (out / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     else:
         link(source / "config.json", out / "config.json")

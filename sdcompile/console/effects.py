@@ -21,7 +21,7 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
             table.add_row(
                 Text(name), effect["pass"], f"{after / 1e6:.2f} M{of}",
                 f"{size(new)} of {size(old)}", " / ".join(f"{level:.1f}" for level in effect["snr_db"].values()),
-                Text(_quantized(effect) or _kept(effect) or _work(effect)),
+                Text(_quantized(effect) or _kept(effect) or _widths(effect) + _work(effect)),
             )  # fmt: skip
     yield table
     for name, row in components.items():
@@ -35,6 +35,13 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
 def _work(effect: Facts) -> str:
     before, after = effect.get("macs") or (0, 0)
     return f"{after / before:.2f} of the multiply-accumulates" if after != before else ""
+
+
+def _widths(effect: Facts) -> str:
+    """Of a narrowed UNet: the channels of each level."""
+    before, after = effect.get("widths", {}).get("block_out_channels", ([], []))
+    names = ", ".join(map(str, after)), ", ".join(map(str, before))
+    return f"{names[0]} channels of {names[1]}; " if after != before else ""
 
 
 def _quantized(effect: Facts) -> str:

@@ -21,12 +21,13 @@ from sdcompile.passes import (
     sliced_attention,
     token_merge,
     top_k,
+    width,
 )
 from sdcompile.passes.base import Pass
 
 __all__ = ["PASSES", "Pass", "quantization"]
 
-_SMALLER = (blocks.PASS, heads.PASS, channels.PASS)
+_SMALLER = (blocks.PASS, width.PASS, heads.PASS, channels.PASS)
 _SIMPLER = (token_merge.PASS, kv_pool.PASS, linear_attention.PASS, top_k.PASS, sliced_attention.PASS)
 
 PASSES: dict[str, Pass] = {

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
-_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-_UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 """What diffusers' UNet2DConditionModel has where a config does not say."""
 
 
@@ -43,8 +43,8 @@ SIMPLIFIERS = ("token_merge", "kv_pool", "linear_attention", "top_k", "sliced_at
 
 def levels_of(config: Mapping[str, Any]) -> list[str]:
     """The levels that have attention, the largest first."""
-    down = config.get("down_block_types") or _DOWN
-    up = config.get("up_block_types") or _UP
+    down = config.get("down_block_types") or DOWN
+    up = config.get("up_block_types") or UP
     last = len(down) - 1
     middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn") or ""
     return [

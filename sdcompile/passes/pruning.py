@@ -101,12 +101,14 @@ def finish(
     subject: Subject,
     new: list[Any],
     same_weights: bool = False,
+    config: Mapping[str, Any] | None = None,
     **detail: Any,
 ) -> None:
     """Save the edited model of `subject` into `out` and write effect.json.
 
     new            the edits this pass made, after those made before
     same_weights   the weights are those of the source: they are linked, not written again
+    config         fields of config.json that say what the edits do not
     detail         what the pass has to tell besides
 
     SNR is that of the saved checkpoint against the fp32 reference's recorded answers on held-out samples; there
@@ -118,7 +120,7 @@ def finish(
     if same_weights:
         why = checkpoint.relabel(source, out, [*subject.edits, *new])
     else:
-        why = checkpoint.save(subject.model, source, out, [*subject.edits, *new])
+        why = checkpoint.save(subject.model, source, out, [*subject.edits, *new], config)
     saved = open_subject(out, job)
     found = {}
     if "samples" in inputs:

@@ -138,7 +138,7 @@ def layer_of(model: nn.Module, site: Site) -> Layer:
     weight = reader.weight.detach().double()
     inputs = torch.arange(site.units * site.width).view(site.units, site.width)
     taps = weight[0, 0].numel()
-    if _is_unfolded(weight):
+    if is_unfolded(weight):
         columns = (inputs[:, :, None] * taps + torch.arange(taps)).flatten(1)
         weight, outputs = weight.flatten(1), len(weight)
     else:
@@ -156,7 +156,7 @@ def assign(model: nn.Module, site: Site, weight: Tensor, bias: Tensor) -> None:
 
     reader: Any = model.get_submodule(site.reader)
     old = reader.weight
-    if _is_unfolded(old):
+    if is_unfolded(old):
         shaped = weight.view(old.shape)
     else:
         shaped = weight.view(len(old), -1, old.shape[1]).permute(0, 2, 1).reshape(old.shape)
@@ -168,22 +168,33 @@ def assign(model: nn.Module, site: Site, weight: Tensor, bias: Tensor) -> None:
 
 def rows_of(reader: Any, x: Tensor) -> Tensor:
     """The reader's input `x` as rows (n, columns) of the matrix of `layer_of`; at most `ROWS` of them."""
+    return strided(unrolled(reader, x))
+
+
+def unrolled(reader: Any, x: Tensor) -> Tensor:
+    """As `rows_of`, with every position."""
     import torch
     from torch.nn import functional
 
-    if x.ndim == 4 and not isinstance(reader, torch.nn.Linear):
-        if _is_unfolded(reader.weight):
-            x = functional.unfold(x, reader.kernel_size, reader.dilation, reader.padding, reader.stride)
-        else:
-            x = x.flatten(2)
-        x = x.transpose(1, 2)
-    rows = x.reshape(-1, x.shape[-1])
+    if x.ndim == 4 and not isinstance(reader, torch.nn.Linear) and is_unfolded(reader.weight):
+        columns = functional.unfold(x, reader.kernel_size, reader.dilation, reader.padding, reader.stride)
+        return columns.transpose(1, 2).flatten(0, 1)
+    return channels_last(x)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(images, channels, height, width) or (..., channels) as rows (n, channels)."""
+    return (x.flatten(2).transpose(1, 2) if x.ndim == 4 else x).reshape(-1, x.shape[1 if x.ndim == 4 else -1])
+
+
+def strided(rows: Tensor) -> Tensor:
+    """At most `ROWS` of them, spread evenly."""
     # A prime stride, so that rows of every image and every column of it are met.
     step = next((p for p in (1, 2, 3, 5, 7, 11, 13, 17, 23, 31, 41, 61, 97, 127) if len(rows) // p <= ROWS), 251)
     return rows[::step]
 
 
-def _is_unfolded(weight: Tensor) -> bool:
+def is_unfolded(weight: Tensor) -> bool:
     return weight.ndim == 2 or weight[0].numel() <= UNFOLDED
 
 

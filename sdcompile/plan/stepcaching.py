@@ -7,6 +7,7 @@ from typing import Any
 
 from sdcompile.errors import RecipeError
 from sdcompile.families import Family
+from sdcompile.plan.passing import pruned_config
 from sdcompile.recipe import Recipe
 from sdcompile.runtime.values import step_cache
 from sdcompile.spec import ComponentSpec
@@ -30,8 +31,10 @@ def specs_of(
     where = f"components.{family.denoiser}"
     if "blocks" in recipe.pruning(family.denoiser):
         faults.append(f"{where}.prune.blocks: with step_cache no block can leave: its depth counts the model's layers")
+    folder = family.folders[family.denoiser]
+    narrowed = {**configs, folder: pruned_config(recipe, family.denoiser, configs[folder])}
     try:
-        return family.step_cached(configs, specs, found.depth)
+        return family.step_cached(narrowed, specs, found.depth)
     except RecipeError as error:
         faults.append(f"{where}.{error.message}")
         return specs
