@@ -28,11 +28,19 @@ _POSITIONS = 6144
 """Positions of a part of the rows that is unrolled at once; of each, `sites.ROWS` are taken at most."""
 
 
+_ROWS = 4
+"""Positions for each unknown of an output: a convolution with fewer is fitted through the channels it reads."""
+
+
 class _Told(NamedTuple):
-    """What the whole model has at a layer: its output with what is added to it, or of a wide convolution its input."""
+    """What the whole model has at a layer: its output with what is added to it, or where that is too little its input.
+
+    output  is it the output, which the layer's own weights are fitted to?
+    """
 
     name: str
-    rows: Tensor
+    output: bool
+    values: Tensor
 
 
 class _Stopped(Exception):  # noqa: N818 - ends the other side's run, and is no fault
@@ -53,10 +61,11 @@ def refit(
     def hand_on(name: str, inputs: Tensor, output: Tensor, beside: Tensor | None) -> None:
         if stopped.is_set():
             raise _Stopped
-        layer: Any = thin.get_submodule(name)
-        wide = not sites.is_unfolded(layer.weight)
-        output = output * wiring.gains.get(name, 1.0)
-        told.put(_Told(name, inputs if wide else output if beside is None else output + beside))
+        if _fits(thin.get_submodule(name), len(output)):
+            wanted = output * wiring.gains.get(name, 1.0)
+            told.put(_Told(name, True, wanted if beside is None else wanted + beside))
+        else:
+            told.put(_Told(name, False, inputs))
 
     def teach() -> None:
         try:
@@ -77,7 +86,7 @@ def refit(
         assert found.name == name
         say(f"refitting {name}", 0.4 + 0.6 * done / len(layers))
         done += 1
-        _set(thin.get_submodule(name), model.get_submodule(name), layers[name], kept, found.rows, inputs, beside)
+        _set(thin.get_submodule(name), model.get_submodule(name), layers[name], kept, found, inputs, beside)
 
     teacher = Thread(target=teach, daemon=True)
     teacher.start()
@@ -99,6 +108,7 @@ def _watched(
 ) -> Iterator[None]:  # fmt: skip
     """At each layer, call `before` (name, input, beside) ahead of it or `after` (name, input, output, beside)."""
     beside: dict[tuple[str, str], Tensor] = {}
+    keys = {name: wire.beside for name, wire in layers.items() if wire.beside is not None}
     handles = []
 
     def keeper(key: tuple[str, str]) -> Callable[..., None]:
@@ -108,7 +118,7 @@ def _watched(
         return keep
 
     def caller(name: str, call: Callable[..., None]) -> Callable[..., None]:
-        key = layers[name].beside
+        key = keys.get(name)
 
         def come(module: Any, arguments: tuple[Tensor, ...], *output: Tensor) -> None:
             rows = [sites.channels_last(value) for value in output]
@@ -116,7 +126,7 @@ def _watched(
 
         return come
 
-    for key in {wire.beside for wire in layers.values() if wire.beside is not None}:
+    for key in keys.values():
         module = model.get_submodule(key[0])
         register = module.register_forward_pre_hook if key[1] == "input" else module.register_forward_hook
         handles.append(register(keeper(key)))
@@ -133,26 +143,30 @@ def _watched(
             handle.remove()
 
 
+def _fits(layer: Any, positions: int) -> bool:
+    """Can the layer's weights be fitted to `positions` outputs? A linear layer's always: nothing else is fewer."""
+    taps = layer.weight[0, 0].numel()
+    return taps == 1 or (sites.is_unfolded(layer.weight) and positions >= _ROWS * layer.weight[0].numel())
+
+
 def _set(
-    layer: Any, old: Any, wire: Wire, kept: Kept, told: Tensor, inputs: Tensor,
-    beside: Tensor | None,
+    layer: Any, old: Any, wire: Wire, kept: Kept, told: _Told, inputs: Tensor, beside: Tensor | None
 ) -> None:  # fmt: skip
-    """Fit `layer` on its own `inputs` to what `told` has of the whole model."""
+    """Fit `layer` on its own `inputs` to what `told` has of the whole model, whose layer is `old`."""
+    import torch
+
     outputs = outputs_of(wire, kept, len(old.weight))
-    if sites.is_unfolded(layer.weight):
-        start = _matrix(layer.weight.flatten(1), layer.bias)
-        wanted = told[:, outputs] if beside is None else told[:, outputs] - beside
-        found = solved(start, layer.bias is not None, _parts(layer, inputs, wanted))
+    if told.output:
+        wanted = told.values[:, outputs] if beside is None else told.values[:, outputs] - beside
+        found = solved(_matrix(layer), layer.bias is not None, _parts(layer, inputs, wanted))
         weight, bias = found[:-1].T.view(layer.weight.shape), found[-1]
     else:
         # What the whole model reads, from what this one does; then the whole model's own weights.
         inside = places(wire.reads, kept)
-        wanted = sites.channels_last(told)
-        import torch
-
+        wanted = sites.channels_last(told.values)
         start = torch.zeros(len(inside) + 1, wanted.shape[1], dtype=torch.float64)
         start[range(len(inside)), inside] = 1.0
-        mixed = solved(start, True, _parts(layer, inputs, wanted))
+        mixed = solved(start, True, _parts(None, inputs, wanted))
         own = old.weight[outputs].double()
         weight = torch.einsum("oi...,ki->ok...", own, mixed[:-1])
         bias = old.bias[outputs].double() + own.flatten(2).sum(2) @ mixed[-1]
@@ -161,21 +175,22 @@ def _set(
         layer.bias.copy_(bias)
 
 
-def _matrix(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(columns + 1, outputs) float64; the last row is the bias."""
+def _matrix(layer: Any) -> Tensor:
+    """Weights and bias as (columns + 1, outputs) float64; the last row is the bias."""
     import torch
 
-    weight = weight.double()
-    last = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    weight = layer.weight.double().flatten(1)
+    last = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
     return torch.cat([weight.T, last[None]])
 
 
 def _parts(layer: Any, inputs: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows that the layer reads, and what it is to give for them, a few images at a time."""
+    """Rows of `inputs`, as the layer reads them or (None) by channel, and of `wanted`; a few images at a time."""
     per_image = len(wanted) // len(inputs)
     size = max(1, _POSITIONS // per_image)
     for part, told in zip(inputs.split(size), wanted.split(size * per_image), strict=True):
-        yield sites.rows_of(layer, part), sites.strided(told)
+        reads = sites.channels_last(part) if layer is None else sites.unrolled(layer, part)
+        yield sites.strided(reads), sites.strided(told)
 
 
 def solved(start: Tensor, with_bias: bool, parts: Iterator[tuple[Tensor, Tensor]], ridge: float = RIDGE) -> Tensor:

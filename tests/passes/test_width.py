@@ -330,6 +330,58 @@ def _add_twins(thin: Any, wiring: Any) -> None:
                 thin.get_submodule(name).weight.mul_(2**0.5 * 2 if name.endswith(".to_q") else 2)
 
 
+def refitted(folder: Path, thin: Any) -> float:
+    """SNR of every second channel of the model in `folder`, refitted beside it, to that model."""
+    import torch
+
+    from sdcompile.passes import refitting, streams, width
+
+    module = opened(folder)
+    wiring = streams.wired(module.unet)
+    for name in wiring.layers:
+        if name.endswith(".to_q"):
+            wiring.gains[name] = 2**0.5  # one product of two alike, over a lesser root
+    kept = {s: list(range(0, s.width, 2)) for s in wiring.streams()}
+    streams.shaped(module.unet, thin, wiring, kept)
+    width.refit_time(module.unet, thin)
+    call = torch.randn(80, 4, 8, 8), torch.arange(80) * 12.0, torch.randn(80, 5, 24)
+
+    def narrow(x: Any, t: Any, told: Any) -> Any:
+        return thin(x, t, told).sample
+
+    refitting.refit(module, module.unet, narrow, thin, wiring, kept, call, lambda text, share: None)
+    return snr_db(answer(module), narrow(*feeds()))
+
+
+@tiny
+@pytest.mark.parametrize("limit", [6144, 100])
+def test_wide_convolutions_are_refitted_through_what_they_read(twins, monkeypatch, limit):
+    from sdcompile.passes import sites
+
+    monkeypatch.setattr(sites, "UNFOLDED", limit)
+    assert refitted(twins[1], made(block_out_channels=(8, 16), time_embedding_dim=64)) > 60
+
+
+@tiny
+@pytest.mark.parametrize("side", ["narrow", "whole"])
+def test_a_fault_on_either_side_ends_both(twins, monkeypatch, side):
+    import threading
+
+    from sdcompile.passes import refitting, sites
+
+    def fail(*arguments: Any) -> None:
+        raise StageError("the fault")
+
+    before = threading.active_count()
+    if side == "narrow":
+        monkeypatch.setattr(refitting, "_set", fail)
+    else:
+        monkeypatch.setattr(sites, "is_unfolded", fail)
+    with pytest.raises(StageError, match="the fault"):
+        refitted(twins[1], made(block_out_channels=(8, 16), time_embedding_dim=64))
+    assert threading.active_count() == before
+
+
 @tiny
 def test_turning_the_dimensions_of_heads_changes_nothing(source, samples):
     import torch
