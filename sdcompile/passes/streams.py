@@ -158,7 +158,7 @@ def _transformer(wiring: Wiring, at: str, transformer: Any, stream: Stream) -> N
 def shaped(model: nn.Module, empty: nn.Module, wiring: Wiring, kept: Kept) -> None:
     """Give the narrower `empty` the weights of `model` that are left; `kept` has the rising channels of each stream.
 
-    The time embedding's first layers, which read fewer sinusoids, are not among them. Raises StageError where
+    The time embedding's first layer, which reads fewer sinusoids, is not among them. Raises StageError where
     the channels kept do not have the shape of `empty`.
     """
     import torch
@@ -176,7 +176,7 @@ def shaped(model: nn.Module, empty: nn.Module, wiring: Wiring, kept: Kept) -> No
         elif layer in wiring.norms:
             weight = weight[places(wiring.norms[layer], kept)]
         target = targets.pop(name)
-        if layer in TIMED:
+        if layer == TIMED:
             continue
         if target.shape != weight.shape:
             raise StageError(f"{name} would be {tuple(weight.shape)}, where the config has {tuple(target.shape)}")
@@ -186,8 +186,8 @@ def shaped(model: nn.Module, empty: nn.Module, wiring: Wiring, kept: Kept) -> No
         raise StageError(f"the narrower model has {', '.join(targets)}, which the wider one has not")
 
 
-TIMED = ("time_embedding.linear_1", "time_embedding.cond_proj")
-"""Layers at the sinusoids of the time, of which there are as many as the first level has channels."""
+TIMED = "time_embedding.linear_1"
+"""The layer at the sinusoids of the time, of which there are as many as the first level has channels."""
 
 
 def places(streams: tuple[Stream, ...], kept: Kept) -> list[int]:

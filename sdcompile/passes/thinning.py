@@ -91,9 +91,9 @@ def views_of(
 
 def _view(layer: Any, moments: Moments, start: int, width: int, compensate: bool) -> View:
     whole = covariance(moments) if compensate else moments.matrix[:-1, :-1] / moments.rows
-    weight = layer.weight.detach().double().flatten(2).transpose(1, 2).flatten(0, 1) if layer.weight.ndim > 2 else (
-        layer.weight.detach().double()
-    )  # fmt: skip
+    weight = layer.weight.detach().double()
+    if weight.ndim > 2:  # every tap of a convolution is an output of its own
+        weight = weight.flatten(2).transpose(1, 2).flatten(0, 1)
     gram = weight.T @ weight
     power = (gram * whole).sum().clamp(min=1e-300)
     part = slice(start, start + width)

@@ -207,9 +207,6 @@ def refit_time(model: Any, thin: Any) -> None:
         _fit(new.linear_1, reads, wanted)
         hidden = new.act(new.linear_1(thin.time_proj(times))).double()
         _fit(new.linear_2, hidden, old.linear_2(old.act(wanted.float())).double(), old.linear_2)
-        if old.cond_proj is not None:
-            told = old.linear_1.weight.double() @ old.cond_proj.weight.double()
-            new.cond_proj.weight.copy_(torch.linalg.lstsq(new.linear_1.weight.double(), told).solution)
 
 
 def _fit(layer: Any, reads: Tensor, wanted: Tensor, near: Any = None) -> None:

@@ -17,7 +17,7 @@ from sdcompile.passes.levels import DOWN, UP, levels_of
 _PLAIN: dict[str, Any] = {
     "class_embed_type": None, "addition_embed_type": None, "encoder_hid_dim_type": None, "dual_cross_attention": False,
     "only_cross_attention": False, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-    "attention_type": "default", "cross_attention_norm": None, "num_attention_heads": None,
+    "attention_type": "default", "cross_attention_norm": None, "num_attention_heads": None, "time_cond_proj_dim": None,
 }  # fmt: skip
 """Fields of a config that this pass knows one value of. Most UNets of Stable Diffusion have it."""
 

@@ -13,7 +13,7 @@ from sdcompile import edits
 from sdcompile.errors import StageError
 from sdcompile.passes import PASSES, widths
 from sdcompile.passes.base import Setting
-from tests.passes.small_unet import SHAPES, UNET, opened, recorded, run, saved
+from tests.passes.small_unet import CONFIGS, FAMILY, SHAPES, UNET, opened, recorded, run, saved
 
 SD15 = {
     "block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": 8, "norm_num_groups": 32,
@@ -60,6 +60,7 @@ def test_a_width_is_the_nearest_that_groups_and_heads_divide(config, ratio, foun
         (TINY, {"round_to": 256}, "64 channels are less than 256, which norm_num_groups and round_to both divide"),
         (TINY, {"ratio": 0.4, "round_to": 64}, "would gain or lose a shortcut"),
         ({**SD15, "class_embed_type": "timestep"}, {}, "a UNet with class_embed_type timestep"),
+        ({**SD15, "time_cond_proj_dim": 256}, {}, "a UNet with time_cond_proj_dim 256"),
         ({**SD15, "mid_block_type": "UNetMidBlock2D"}, {}, "a UNet with UNetMidBlock2D"),
         ({**SD15, "norm_num_groups": 48}, {}, "320 channels are no whole groups"),
     ],
@@ -131,7 +132,7 @@ def made(**config: Any) -> Any:
     return UNet2DConditionModel(**{**UNET, **config}).eval().requires_grad_(False)
 
 
-CONFIGS: list[tuple[dict[str, Any], float]] = [
+SHAPED: list[tuple[dict[str, Any], float]] = [
     ({}, 0.5),
     ({"use_linear_projection": True, "transformer_layers_per_block": 2}, 0.5),
     ({"block_out_channels": (24, 48), "attention_head_dim": (3, 6)}, 0.34),  # whole heads
@@ -141,7 +142,7 @@ CONFIGS: list[tuple[dict[str, Any], float]] = [
 
 
 @tiny
-@pytest.mark.parametrize(("config", "ratio"), CONFIGS)
+@pytest.mark.parametrize(("config", "ratio"), SHAPED)
 def test_every_stream_is_closed(config, ratio):
     """Weights of all layers have the shapes that diffusers gives the narrower config, whatever each stream keeps."""
     import torch
@@ -428,3 +429,19 @@ def test_heads_and_blocks_compose_with_it(source, samples, narrow, tmp_path):
     assert tuple(opened(tmp_path / "both").unet.config.block_out_channels) == (8, 16)
     with pytest.raises(StageError, match="has lost heads already"):
         run("width", tmp_path / "heads", tmp_path / "no", samples, ratio=0.5)
+
+
+@tiny
+def test_step_caching_cuts_the_narrow_model(narrow):
+    import torch
+
+    from sdcompile import checkpoint
+
+    cached = {"step_cache_depth": 1}
+    output, deep = answer(checkpoint.load("sd", "unet", narrow, cached))
+    shallow = checkpoint.load("sd", "unet_cached", narrow, cached)
+    with torch.inference_mode():
+        assert torch.allclose(shallow(*feeds(), deep), output, atol=1e-6)
+    after = PASSES["width"].config(PASSES["width"].params(ratio=0.5), CONFIGS["unet"])
+    planned = FAMILY.step_cached({**CONFIGS, "unet": after}, FAMILY.components(CONFIGS), 1)
+    assert planned["unet_cached"].inputs[-1].dims[1] == deep.shape[1] == 8
