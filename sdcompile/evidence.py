@@ -47,7 +47,7 @@ def polygraphy(work: Build, folder: Path, only: str | None = None) -> dict[str, 
                 f"{step.name} is in the store, but what it was made of is not: {', '.join(missing)}",
                 "`sdcompile gc` removed it; name another --store, so that it is made again",
             )
-        sample = Samples(folders["samples"], step.component)[report["worst"]["id"]]  # type: ignore[arg-type]
+        sample = Samples(folders["samples"], step.job.component)[report["worst"]["id"]]  # type: ignore[arg-type]
         answer = None
         if (report_folder / WORST_FILE).is_file():
             with np.load(report_folder / WORST_FILE) as kept:

@@ -76,7 +76,7 @@ def lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build
     from sdcompile.steps import component, fetch
 
     family = FAMILIES[recipe.family]
-    folders = tuple(dict.fromkeys(family.folders[name] for name in recipe.wanted(family.required)))
+    folders = tuple(dict.fromkeys(family.folder(name, ()) for name in recipe.wanted(family.required)))
     faults: list[RecipeError] = []
 
     def described(field: str, describe: Callable[[], Source]) -> Source | None:
@@ -253,12 +253,13 @@ def _make_all(work: Build, plan: Plan, observer: Observer) -> dict[str, Path]:
 
 def _gate(step: Step, folder: Path) -> None:
     """Stop where a floor was missed or a race was lost, whether that was found now or before."""
+    # Which width of a denoiser it is, only the plan knows: engines are the same whatever they are called.
     if step.gives == "race":
-        race = json.loads((folder / "race.json").read_text(encoding="utf-8"))
+        race = json.loads((folder / "race.json").read_text(encoding="utf-8")) | {"component": step.component}
         if not race["won"]:
             raise _Lost(race, step.target)
         return
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8")) | {"component": step.component}
     if not report["passed"]:
         raise _Missed(step, fault(report, folder, step.target), report)
 

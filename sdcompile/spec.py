@@ -35,6 +35,15 @@ def at_target(name: str, target: str) -> str:
     return f"{name}@{target}" if target else name
 
 
+FULL = "full"
+"""The width of a denoiser that no width was cut from."""
+
+
+def at_width(component: str, width: str) -> str:
+    """How one width of a denoiser is called: unet_w75. The full one has the denoiser's own name."""
+    return component if width == FULL else f"{component}_{width}"
+
+
 class Range(NamedTuple):
     """What one shape letter may be: smallest, most usual and largest value."""
 

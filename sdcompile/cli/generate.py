@@ -71,6 +71,9 @@ def generate(
     step_cache: Annotated[
         str | None, _text("--step-cache", "off, or N: one whole step in every N, shallow ones between.", "N", _SAMPLING)
     ] = None,
+    unet_width: Annotated[
+        str | None, _text("--unet-width", "full, or a narrower width of the bundle: w75.", "NAME", _SAMPLING)
+    ] = None,
     image: Annotated[Path | None, _text("--image", "A picture to start from.", "FILE", _PICTURE)] = None,
     mask_image: Annotated[
         Path | None, _text("--mask-image", "Where to paint it anew: white; black is kept.", "FILE", _PICTURE)
@@ -130,8 +133,8 @@ def generate(
         negative_prompt=negative_prompt, num_inference_steps=steps, guidance_scale=guidance_scale, sampler=sampler,
         seed=seed, num_images_per_prompt=count, prompt_weighting=prompt_weighting,
         guidance_schedule=guidance_schedule, guidance_interval=guidance_interval, guidance_rescale=guidance_rescale,
-        stages=stages, early_stop=early_stop, step_cache=step_cache, image=image, mask_image=mask_image,
-        strength=strength, profile=profile, tiling=tiling, hires=hires, **sides,
+        stages=stages, early_stop=early_stop, step_cache=step_cache, unet_width=unet_width, image=image,
+        mask_image=mask_image, strength=strength, profile=profile, tiling=tiling, hires=hires, **sides,
     )  # fmt: skip
     rows = [promptfiles.Row(text) for text in prompt or ()] + (promptfiles.read(prompts) if prompts else [])
     if not rows:

@@ -67,6 +67,9 @@ def bench(
     step_cache: Annotated[
         str, typer.Option("--step-cache", help="Measure each bundle with each of these: off,3.", metavar="VALUES")
     ] = "",
+    unet_width: Annotated[
+        str, typer.Option("--unet-width", help="Measure each bundle at each of these: full,w75.", metavar="NAMES")
+    ] = "",
     prompt: Annotated[str | None, typer.Option("--prompt", help="One prompt for all images.")] = None,
     seed: Seed = 0,
     memory: Annotated[str, typer.Option("--memory", help="How bundles are opened: auto, low, high.")] = "auto",
@@ -108,6 +111,7 @@ def bench(
         prompt,
         memory,
         benches.step_caches(step_cache),
+        benches.words(unet_width),
     )
     peers = list(dict.fromkeys(name.strip() for name in vs.split(","))) if vs else []
     model = sources.folders(bundles[0], source or ()) if peers else {}
@@ -149,6 +153,9 @@ def evaluate(
     sampler: Sampler = None,
     size: Size = None,
     step_cache: StepCache = None,
+    unet_width: Annotated[
+        str | None, typer.Option("--unet-width", help="full, or a narrower width: w75.", metavar="NAME")
+    ] = None,
     seed: Seed = 2024,
     min_alignment: Annotated[
         float | None, typer.Option("--min-alignment", help="Exit with 5 below this mean prompt alignment.")
@@ -180,7 +187,7 @@ def evaluate(
     height, width = _sides(size)
     asked = evaluating.Asked(
         contenders.Ask(steps, guidance_scale, sampler, height, width), prompts, prompts_file, seed, reference,
-        features, real, step_cache, tuple(target or ()),
+        features, real, step_cache, tuple(target or ()), unet_width,
     )  # fmt: skip
     sources = [source or ()] * len(bundles)
     with console.progressing(json_mode=json) as say:

@@ -15,6 +15,7 @@ from sdcompile.console.effects import effects
 from sdcompile.console.grid import Facts, grid
 from sdcompile.console.terminal import duration, size
 from sdcompile.errors import SdcompileError
+from sdcompile.families import FAMILIES
 
 _STATES = {"hit": ("hit", "green"), "make": ("make", "cyan"), "skip": ("-", "dim"), "cannot": ("cannot", "bold red")}
 
@@ -155,6 +156,14 @@ def _figures(reports: Mapping[str, Facts]) -> Table:
     return table
 
 
+def _widths(data: Facts) -> str | None:
+    """The widths of the denoiser, where there are several."""
+    components = next(iter(data.get("targets", {}).values()), data)["components"]
+    family = FAMILIES.get(data["family"])
+    widths = family.widths(components) if family else ()
+    return ", ".join(widths) if len(widths) > 1 else None
+
+
 def _cost(cost: Facts) -> str:
     """What step caching costs, in words."""
     return f"PSNR {cost['psnr_db']['min']:.1f} dB (mean {cost['psnr_db']['mean']:.1f}) to images without"
@@ -174,6 +183,7 @@ def manifest(facts: Facts) -> Iterator[Any]:
         "built": f"{data['built_at']} by sdcompile {data['sdcompile']}",
         "shapes": ", ".join(f"{letter} {_bounds(bounds)}" for letter, bounds in data["shapes"].items()),
         "samplers": ", ".join(data["samplers"]),
+        "widths": _widths(data),
         "defaults": ", ".join(f"{key} {value!r}" for key, value in data["defaults"].items()),
         "tools": ", ".join(f"{name} {version}" for name, version in data["tools"].items()),
         "files": f"{len(data['files'])}, {size(sum(entry['bytes'] for entry in data['files'].values()))}",

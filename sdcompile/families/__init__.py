@@ -7,13 +7,13 @@ is plain Python and numpy and is shared with the runtime; the torch half is impo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompile.families import sd
-from sdcompile.spec import ComponentSpec, Shapes
+from sdcompile.spec import FULL, ComponentSpec, Shapes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,14 +68,30 @@ class Family:
 
     def folder(self, component: str, there: Container[str]) -> str:
         """The folder, of those that are `there`, that holds `component`: one of its own name comes first."""
-        return component if component in there else self.folders[component]
+        return component if component in there else self.folders[self.plain(component)]
+
+    def width(self, component: str) -> str | None:
+        """The width of the denoiser that `component` is (see `spec.at_width`); None for one that is none."""
+        if component == self.denoiser:
+            return FULL
+        name = component.removeprefix(f"{self.denoiser}_")
+        return None if component in self.folders or name == component else name
+
+    def widths(self, components: Iterable[str]) -> tuple[str, ...]:
+        """The widths of the denoiser among `components`, in their order, the full one first."""
+        found = [width for component in components if (width := self.width(component)) is not None]
+        return tuple(dict.fromkeys((FULL, *found)))
+
+    def plain(self, component: str) -> str:
+        """The component, of those the family knows, that `component` is one width of; else `component`."""
+        return component if self.width(component) is None else self.denoiser
 
     def fields(self, component: str) -> tuple[str, ...]:
         """Recipe fields that `component` understands, of those that not every component does."""
         return (
             *self.params.get(component, ()),
             *(("source",) if component in self.replaceable else ()),
-            *(("step_cache",) if component == self.denoiser else ()),
+            *(("step_cache", "widths") if component == self.denoiser else ()),
         )
 
 

@@ -49,6 +49,7 @@ class Settings:
     batches    batch sizes whose throughput is measured besides one image at a time
     memory     how bundles are opened (see `runtime.load`)
     step_caches  values of step_cache with each of which every bundle is measured; () = its own default
+    unet_widths  the same of widths
     alone      never hold two contenders at once, as where they share a GPU's memory
     """
 
@@ -60,15 +61,21 @@ class Settings:
     prompt: str | None = None
     memory: str = "auto"
     step_caches: tuple[str, ...] = ()
+    unet_widths: tuple[str, ...] = ()
     alone: bool = False
 
 
 def step_caches(text: str) -> tuple[str, ...]:
     """ "off,3" -> ("off", "3"). Raises RecipeError for what is no value of step_cache."""
-    words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    for word in words:
+    found = words(text)
+    for word in found:
         values.step_cache(word)
-    return words
+    return found
+
+
+def words(text: str) -> tuple[str, ...]:
+    """ "full, w75" -> ("full", "w75")."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -118,7 +125,10 @@ def bench(
     settings = settings or Settings()
     meter = energy.meter()
     with tempfile.TemporaryDirectory(prefix="sdcompile-bench-") as scratch:
-        contenders = of_bundles(bundles, ask or Ask(), settings.threads, settings.memory, settings.step_caches, targets)
+        contenders = of_bundles(
+            bundles, ask or Ask(), settings.threads, settings.memory, settings.step_caches, targets,
+            settings.unet_widths,
+        )  # fmt: skip
         contenders += [of_peer(name, contenders[0], model, Path(scratch)) for name in peers]
         prompts = [settings.prompt] if settings.prompt else _prompts(bundles[0], settings)
         records = {contender.name: _Record() for contender in contenders}

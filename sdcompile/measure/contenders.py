@@ -18,6 +18,7 @@ from sdcompile.errors import HostError, RecipeError
 from sdcompile.families import FAMILIES
 from sdcompile.measure.peers import PEERS
 from sdcompile.runtime import choosing, values
+from sdcompile.runtime.options import APPROXIMATIONS, exactly
 from sdcompile.spec import at_target
 
 _PEERS_FOLDER = "SDCOMPILE_PEERS"
@@ -69,32 +70,41 @@ def of_bundles(
     memory: str,
     step_caches: Sequence[str] = (),
     targets: Sequence[str] = (),
+    widths: Sequence[str] = (),
 ) -> list[Contender]:
-    """The bundles at `paths`, each once for every one of `step_caches`, or as it is by default.
+    """The bundles at `paths`, each once for every one of `step_caches` and of `widths`, or as it is by default.
 
     A bundle of several targets is measured as every one of `targets`, or as the one that runs here. Raises
-    RecipeError when one is named twice or lacks the asked sampler, target, or engine that step caching needs;
-    HostError when no target runs here.
+    RecipeError when one is named twice or lacks the asked sampler, target, width, or engine that step caching
+    needs; HostError when no target runs here.
     """
     found = []
     for path, name in zip(paths, _names(paths), strict=True):
         for one in ways(path, targets, alone=len(paths) == 1):
-            plain = _of_bundle(path, at_target(name, one.target), one, ask, threads, memory)
-            found += [_with_step_cache(plain, one, value) for value in step_caches] or [plain]
+            made = [_of_bundle(path, at_target(name, one.target), one, ask, threads, memory)]
+            for option, asked in (("step_cache", step_caches), ("unet_width", widths)):
+                made = [_asked(plain, one, option, value) for plain in made for value in asked] or made
+            found += made
     return found
 
 
-def _with_step_cache(plain: Contender, manifest: bundle.Manifest, value: str) -> Contender:
-    """`plain`, asked for this step_cache."""
-    require_step_cache(manifest, value)
-    call = {**plain.job["call"], "step_cache": value}
-    return replace(plain, name=f"{plain.name}, step cache {value}", job={**plain.job, "call": call})
+def _asked(plain: Contender, manifest: bundle.Manifest, option: str, value: str) -> Contender:
+    """`plain`, asked for this value of an approximation."""
+    require(manifest, option, value)
+    call = {**plain.job["call"], option: value}
+    return replace(plain, name=f"{plain.name}, {APPROXIMATIONS[option]} {value}", job={**plain.job, "call": call})
 
 
-def require_step_cache(manifest: bundle.Manifest, value: str) -> None:
-    """Raise RecipeError when `value` is none of step_cache, or the bundle lacks the engine it needs."""
-    shallow = FAMILIES[manifest.family].shallow
-    if values.step_cache(value) is not None and shallow not in manifest.components:
+def require(manifest: bundle.Manifest, option: str, value: str) -> None:
+    """Raise RecipeError when `value` is none of an approximation, or the bundle lacks the engine it needs."""
+    family = FAMILIES[manifest.family]
+    if option == "unet_width" and values.unet_width(value) not in (built := family.widths(manifest.components)):
+        raise RecipeError(
+            f"{manifest.name} has no width {value}, so it cannot take --unet-width {value}",
+            f"its widths are {', '.join(built)}; another is built with: components: {{unet: {{widths: ...}}}}",
+        )
+    shallow = family.shallow
+    if option == "step_cache" and values.step_cache(value) is not None and shallow not in manifest.components:
         raise RecipeError(
             f"{manifest.name} has no {shallow}, so it cannot take --step-cache {value}",
             "build it with: --set 'components.unet.step_cache={every: 3}'",
@@ -171,8 +181,8 @@ def of_peer(name: str, like: Contender, model: Mapping[str, Path], scratch: Path
     manifest = bundle.read(Path(like.job["bundle"]))
     sampler = manifest.samplers[like.job["sampler"]]
     own = [f"sampler {like.job['sampler']}, which is fitted"] if sampler.fit else []
-    # Reused features are an approximation, as int8 is: peers are asked for the same picture without it.
-    own += [f"{option}, a default of {like.name}" for option in manifest.defaults.options if option != "step_cache"]
+    # Approximations are asked of the bundle alone.
+    own += [f"{option}, a default of {like.name}" for option in exactly(manifest.defaults.options)]
     row = PEERS[name]
     decoder = model.get("vae_decoder")
     if decoder is not None and row.export:
@@ -182,10 +192,10 @@ def of_peer(name: str, like: Contender, model: Mapping[str, Path], scratch: Path
             f"{name} does not know {', '.join(own)}: it would answer another request",
             "measure a bundle without it, or leave --vs out; another sampler: --sampler NAME",
         )
-    call = {key: value for key, value in like.job.get("call", {}).items() if key != "step_cache"}
     job = {
-        **like.job, "call": call, "kind": name, "source": str(source.resolve()), "scheduler": sampler.scheduler,
-        "scheduler_config": sampler.config, "exported": str(scratch / row.export) if row.export else None,
+        **like.job, "call": exactly(like.job.get("call", {})), "kind": name, "source": str(source.resolve()),
+        "scheduler": sampler.scheduler, "scheduler_config": sampler.config,
+        "exported": str(scratch / row.export) if row.export else None,
         "decoder": str(decoder.resolve()) if decoder else None,
     }  # fmt: skip
     weights = sum(path.stat().st_size for path in source.glob("*/*.safetensors"))

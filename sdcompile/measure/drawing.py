@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from sdcompile.bundle import Defaults
     from sdcompile.measure.contenders import Ask
+
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,10 @@ class Request:
 
 
 def draw(
-    pipeline: Pipeline, prompts: Sequence[str], request: Request, say: Say, step_cache: str | None = None
+    pipeline: Pipeline, prompts: Sequence[str], request: Request, say: Say, options: Mapping[str, str] = NOTHING
 ) -> NDArray[np.float32]:
-    """Pictures (N, H, W, 3) in [0, 1], as many at a time as the engines take; step_cache None = the pipeline's own."""
-    call = {key: value for key, value in request.as_json().items() if key != "seed"}
-    if step_cache is not None:
-        call["step_cache"] = step_cache
+    """Pictures (N, H, W, 3) in [0, 1], as many at a time as the engines take; `options` over the pipeline's own."""
+    call = {**{key: value for key, value in request.as_json().items() if key != "seed"}, **options}
     size = pipeline.model.shapes["B"].max
     made = []
     for first in range(0, len(prompts), size):

@@ -19,13 +19,14 @@ from sdcompile.console import SayObserver
 from sdcompile.errors import RecipeError, VerifyError
 from sdcompile.measure import contenders
 from sdcompile.measure.bench import host
-from sdcompile.measure.contenders import Ask, require_step_cache
+from sdcompile.measure.contenders import Ask
 from sdcompile.measure.drawing import Request, draw, read_pictures, write_pictures
 from sdcompile.measure.prompts import is_tiny, prompts_for, prompts_from
 from sdcompile.measure.reference import reference_of
 from sdcompile.measure.similarity import distances
 from sdcompile.measure.writing import write_json
 from sdcompile.runtime import load
+from sdcompile.runtime.options import APPROXIMATIONS
 from sdcompile.spec import Say, at_target, say_nothing
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Asked:
     prompts_file  prompts, one a line, instead of `prompts` ones of the model's own world
     reference     compare with what torch draws in fp32
     features      a vision model's folder or hub id; real: a folder of pictures for FID and KID
-    step_cache    of the bundles' requests; None = their own default. The reference reuses no features
+    step_cache, unet_width   of the bundles' requests; None = their own default. The reference has neither
     """
 
     ask: Ask
@@ -61,6 +62,12 @@ class Asked:
     real: Path | None = None
     step_cache: str | None = None
     targets: tuple[str, ...] = ()
+    unet_width: str | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The approximations that are asked for."""
+        return {name: value for name in APPROXIMATIONS if (value := getattr(self, name)) is not None}
 
 
 def evaluate(
@@ -91,23 +98,22 @@ def evaluate(
     for folder, source in zip(bundles, sources, strict=True):
         manifest = bundle.read(folder)
         ways = contenders.ways(folder, asked.targets, alone=len(bundles) == 1)
-        if asked.step_cache is not None:
+        for option, value in asked.options.items():
             for one in ways:
-                require_step_cache(one, asked.step_cache)
+                contenders.require(one, option, value)
         prompts = prompts_from(asked.prompts_file) or prompts_for(manifest, asked.prompts, asked.seed)
         request = Request.of(manifest.defaults, asked.ask, asked.seed)
         reference = None
         if asked.reference:
             made = reference_of(folder, manifest, source, store, SayObserver(say), offline=offline)
             reference = made.pictures(prompts, request, named(say, "reference"))
-        step_cache = manifest.defaults.options.get("step_cache") if asked.step_cache is None else asked.step_cache
+        approximately = {**manifest.defaults.options, **asked.options}
         for one in ways:
             name = at_target(one.name, one.target)
             with load(folder, target=one.target or None) as pipeline:
-                pictures = draw(pipeline, prompts, request, named(say, name), asked.step_cache)
+                pictures = draw(pipeline, prompts, request, named(say, name), asked.options)
             row = {**judge(folder, pictures, prompts, request, reference, features, real), "name": name}
-            if step_cache is not None:
-                row["step_cache"] = step_cache
+            row |= {option: approximately[option] for option in APPROXIMATIONS if option in approximately}
             if output is not None:
                 # Two bundles of one name (an old and a new build, say) keep their pictures apart.
                 taken, place = sum(other["name"] == name for other in rows), bundle.folder_of_target(name)

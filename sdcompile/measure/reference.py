@@ -20,6 +20,7 @@ from sdcompile.recheck import recipe_of
 from sdcompile.recipe import Recipe, known_names
 from sdcompile.run import Build, build, lay_out
 from sdcompile.runtime.model import Model
+from sdcompile.runtime.options import exactly
 from sdcompile.runtime.pipeline import Pipeline
 from sdcompile.spec import Say
 from sdcompile.store import Store, key_of
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _REVISION = 2
 _STEP = "pipeline.verify.pictures"
+_ENGINES = ("step_cache", "widths")
+"""Fields of a component that ask for further engines."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Reference:
         return {
             "op": "pictures", "revision": _REVISION, "prompts": list(prompts), "request": request.as_json(),
             "inputs": {step.name: step.key for step in self.work.plan if step.stage == "compile"},
-            "options": _without_step_cache(self.manifest.defaults.options), "machine": machine.identity(),
+            "options": exactly(self.manifest.defaults.options), "machine": machine.identity(),
         }  # fmt: skip
 
     def _pipeline(self) -> Pipeline:
@@ -70,7 +73,7 @@ class Reference:
         model = Model.from_parts(
             "reference", manifest.family, manifest.facts, manifest.ranges(),
             self.folders["pipeline.compile.tokenizer"], self.folders[_tables(self.work.plan)],
-            manifest.defaults.model_copy(update={"options": _without_step_cache(manifest.defaults.options)}),
+            manifest.defaults.model_copy(update={"options": exactly(manifest.defaults.options)}),
         )  # fmt: skip
 
         def open_engine(component: str) -> Engine:
@@ -105,17 +108,12 @@ def reference_recipe(manifest: Manifest, recipe: Mapping[str, Any]) -> Recipe:
     """
     family = FAMILIES[manifest.family]
     components = {
-        name: _without_step_cache({key: value for key, value in row.items() if key in family.fields(name)})
+        name: {key: value for key, value in row.items() if key in family.fields(name) and key not in _ENGINES}
         for name, row in recipe.get("components", {}).items()
-        if name != family.shallow
+        if name != family.shallow and family.plain(name) == name
     }
     keep = ("version", "family", "source", "source_config", "shapes", "samplers", "sampler_steps", "defaults")
     data: dict[str, Any] = {key: recipe[key] for key in keep if key in recipe}
-    data["defaults"] = _without_step_cache(data.get("defaults", {}))
+    data["defaults"] = exactly(data.get("defaults", {}))
     data |= {"name": f"{manifest.name}-reference", "backend": "reference", "precision": "fp32"}
     return Recipe.model_validate({**data, "components": components}, context=known_names())
-
-
-def _without_step_cache(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Reused features are an approximation, as int8 is, and no part of what is asked."""
-    return {name: value for name, value in options.items() if name != "step_cache"}

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdcompile.runtime.options import APPROXIMATIONS
+
 Result = Mapping[str, Any]
 
 _GIB = 1 << 30
@@ -134,11 +136,15 @@ def evaluation(result: Result) -> list[Table]:
     )  # fmt: skip
     request = rows[0]["request"]
     against = "; PSNR, SSIM and GMSD against the fp32 reference from the same noise" if "psnr_db" in figures else ""
-    cached = ", ".join(f"{row['name']} {row['step_cache']}" for row in rows if row.get("step_cache") is not None)
+    approximate = "".join(
+        f" {words[:1].upper()}{words[1:]}: {', '.join(told)}."
+        for option, words in APPROXIMATIONS.items()
+        if (told := [f"{row['name']} {row[option]}" for row in rows if row.get(option) is not None])
+    )
     notes = (
         f"{rows[0]['prompts']} prompts, seeds from {request['seed']}, {request['num_inference_steps']} steps of "
         f"{request['sampler']}, guidance {request['guidance_scale']:g}; means with standard errors{against}."
-        + (f" Step cache: {cached}." if cached else ""),
+        + approximate,
     )
     columns = ("", *(QUALITY[name] for name in figures), *(_SETS[name] for name in sets))
     worst = tuple(

@@ -90,8 +90,8 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     before = [PASSES[p] for p in recipe.pruning(family.denoiser) if p in PASSES]
     of_pruned = name == family.shallow and any(not record.exact for record in before)
     pruning = {} if name == family.shallow else recipe.pruning(name)
-    faults += [f"components.{name}.prune.{p}: unknown pass '{p}'" for p in pruning if p not in PASSES]
-    if pruning and name != family.denoiser:
+    faults += [f"{recipe.place_of_pruning(name)}.{p}: unknown pass '{p}'" for p in pruning if p not in PASSES]
+    if pruning and family.plain(name) != family.denoiser:
         faults.append(
             f"components.{name}.prune: passes of the prune stage are for {family.denoiser}; {name} has no attention "
             "heads, resnets or blocks they know"

@@ -77,7 +77,12 @@ class Draft:
         disk: int = 0,
         variant: str = "",
     ) -> str:
-        """Add a step; returns its name. `variant` is no part of its key."""
+        """Add a step; returns its name. `variant` is no part of its key.
+
+        Nor is which width a component is: its passes make the difference, so that the same passes on the denoiser
+        itself, or at the beginning of another width's, are the same step.
+        """
+        of = self.family.plain(component)
         stage, gives, revision, packages, host, cannot = _about(op, self.machine)
         if op in BACKENDS and not cannot:
             backend = BACKENDS[op]
@@ -88,7 +93,7 @@ class Draft:
         parts = {
             "op": op,
             "revision": revision,
-            "component": component,
+            "component": of,
             "params": params,
             "precision": precision,
             "spec": spec.as_json() if spec else None,
@@ -100,7 +105,7 @@ class Draft:
         key = key_of(parts)
         if (known := next((name for name, step in self.steps.items() if step.key == key), None)) is not None:
             return known
-        job = Job(component, params, precision, spec, bound)
+        job = Job(of, params, precision, spec, bound)
         step = Step(component, stage, op, gives, dict(inputs), job, parts, key, cannot, memory, disk, variant)
         if step.name in self.steps or not (stage in _SHARED_STAGES or gives in _SHARED_KINDS):
             step = replace(step, target=self.target)

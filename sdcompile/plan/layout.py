@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sdcompile.errors import RecipeError
 from sdcompile.families import FAMILIES, Family
 from sdcompile.passes.base import Setting
-from sdcompile.plan import memory, stepcaching
+from sdcompile.plan import memory, stepcaching, widths
 from sdcompile.plan.choice import Choice, choose
 from sdcompile.plan.draft import Draft, Road
 from sdcompile.plan.packaging import Way, package
@@ -43,13 +43,14 @@ def resolve(
     faults: list[str] = []
     modules = family.components(source.configs)
     specs = stepcaching.specs_of(recipe, family, source.configs, modules, faults)
+    specs = widths.specs_of(recipe, specs, faults)
     notes = list(source.notes)
     shapes = _collect(faults, lambda: family.shapes(recipe.shape_request, source.configs)) or {}
     names = recipe.wanted(family.required)
     settings = {
         name: Setting(
-            source.configs[family.folder(name, source.configs)], family.modules(name, source.configs), shapes,
-            facts["multiples"],
+            source.configs[family.folder(name, source.configs)],
+            family.modules(family.plain(name), source.configs), shapes, facts["multiples"],
         )
         for name in names
         if name in specs
@@ -62,7 +63,7 @@ def resolve(
 
     draft = Draft(family, source, machine)
     # A replaced component's own folder as well: what it would have made is told beside what is made.
-    folders = tuple(dict.fromkeys((*(family.folders[name] for name in names), *source.parts)))
+    folders = tuple(dict.fromkeys((*(family.folder(name, ()) for name in names), *source.parts)))
     checkpoints = {
         folder: draft.add(
             folder,
@@ -87,7 +88,8 @@ def resolve(
     tables = fitting(draft, recipe, some, shapes, {**checkpoints, "assets": assets, "tokenizer": tokenizer}, tables)
     shared = {"tokenizer": tokenizer, "tables": tables}
     reference = {**checkpoints, **shared}
-    calibrated = [name for name in some if any(choices[name].calibrates for choices in chosen.values())]
+    calibrating = [name for name in some if any(choices[name].calibrates for choices in chosen.values())]
+    calibrated = list(dict.fromkeys(map(family.plain, calibrating)))
     samples = calibration(draft, recipe, some, calibrated, shapes, reference, faults)
     _refuse(recipe, faults)
 
@@ -99,7 +101,7 @@ def resolve(
             folder = draft.folder(name)
             made_of = checkpoints[folder] if name != family.shallow else roads[family.denoiser].forms["checkpoint"]
             roads[name] = _component(
-                draft, name, choice, modules.get(name), specs[name], shapes, facts, made_of, samples,
+                draft, name, choice, modules.get(family.plain(name)), specs[name], shapes, facts, made_of, samples,
                 max(recipe.opset, choice.opset), source.fp32_bytes(folder),
             )  # fmt: skip
         reports = verification(draft, one, choices, specs, shapes, roads, reference)
@@ -184,8 +186,9 @@ def _component(
             if kind == "checkpoint":
                 # fp32 and whole whatever the engine will be, so that all engines share the pruning.
                 params, of, precision = stepcaching.plain(params), module or spec, "fp32"
-            # A stand-in has only some of the modules that the patterns it inherits may name.
-            loose = {"inherited": True} if module is None else {}
+            # A stand-in and a width have only some of the modules that the patterns they inherit may name.
+            inherits = module is None or draft.family.plain(name) != name
+            loose = {"inherited": True} if inherits and kind != "checkpoint" else {}
             forms[kind] = draft.add(
                 name, record.name, inputs, {"family": family, **params, **planned.params, **loose}, spec=of,
                 shapes=shapes, precision=precision,

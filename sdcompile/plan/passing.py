@@ -45,7 +45,8 @@ def faults_of_passes(recipe: Recipe, name: str, passes: Sequence[Planned], setti
     faults: list[str] = []
     for record, told in passes:
         params = record.params.model_validate(told)
-        where = f"components.{name}.prune.{record.name}" if record.stage == "prune" else place_of_quantize(recipe, name)
+        pruning = f"{recipe.place_of_pruning(name)}.{record.name}"
+        where = pruning if record.stage == "prune" else place_of_quantize(recipe, name)
         faults += [f"{where}.{fault}" for fault in record.refuses(params, setting)]
         after = setting.config if faults else record.config(params, setting.config)
         setting = replace(setting, config=after, before={**setting.before, record.name: params})

@@ -9,6 +9,7 @@ from sdcompile.plan import memory, stepcaching
 from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft
 from sdcompile.plan.verification import default_size
+from sdcompile.plan.widths import widths
 from sdcompile.recipe import Recipe
 from sdcompile.samplers import SAMPLERS
 from sdcompile.spec import PIPELINE, Shapes
@@ -86,7 +87,9 @@ def profiles(recipe: Recipe) -> dict[str, dict[str, Any]]:
     # A fitted sampler has one number of steps; with others its base is asked.
     base = next((s.base for s in recipe.samplers if s.name == recipe.default_sampler), None)
     other = {} if base is None else {"sampler": base}
+    # Fewer steps, and less of each: the last width is the narrowest.
+    narrow = {"unet_width": widths(recipe)[-1]} if recipe.widths else {}
     return {
-        "draft": {**other, "num_inference_steps": draft}, "balanced": {},
+        "draft": {**other, **narrow, "num_inference_steps": draft}, "balanced": {},
         "quality": {**other, "num_inference_steps": quality},
     }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sdcompile import metrics
 from sdcompile.backends import STAND_IN
 from sdcompile.models import general_prompts
-from sdcompile.plan import memory, stepcaching
+from sdcompile.plan import memory, stepcaching, widths
 from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft, Road
 from sdcompile.recipe import Recipe
@@ -116,17 +116,18 @@ def verification(
         for name, choice in chosen.items()
         for road in (roads[name],)
     }  # fmt: skip
+    full = widths.without(draft.family, chosen)
     reports[PIPELINE] = draft.add(
         PIPELINE, "images",
         {
-            **{name: road.engine for name, road in roads.items()},
+            **{name: roads[name].engine for name in full},
             **{role: inputs[role] for role in ("tokenizer", "tables")}, "samples": record,
-            **{f"onnx.{name}": roads[name].forms["onnx"] for name in chosen if _cannot_run(draft, chosen[name])},
+            **{f"onnx.{name}": roads[name].forms["onnx"] for name in full if _cannot_run(draft, full[name])},
         },
         {
-            **recording, "backends": {name: choice.backend.name for name, choice in chosen.items()},
-            "how": {name: _how(draft, choice) for name, choice in chosen.items()},
-            "min_psnr_db": _image_floor_db(recipe, chosen), **_decoder_floor(recipe, draft.source),
+            **recording, "backends": {name: choice.backend.name for name, choice in full.items()},
+            "how": {name: _how(draft, choice) for name, choice in full.items()},
+            "min_psnr_db": _image_floor_db(recipe, full), **_decoder_floor(recipe, draft.source),
             **({} if step_cache is None else {"step_cache_min_psnr_db": step_cache.min_psnr_db}),
         },
         shapes=shapes, memory=largest,
@@ -159,7 +160,7 @@ def _reference(
 ) -> dict[str, Any]:
     """What every run of the reference is told of the model; with `step_cache`, also how to reuse deep features."""
     found = recipe.settings(draft.family.denoiser).step_cache
-    components = {name: choice.module_params for name, choice in chosen.items()}
+    components = {n: choice.module_params for n, choice in widths.without(draft.family, chosen).items()}
     if found is None or not step_cache:
         components = {n: stepcaching.plain(p) for n, p in components.items() if n != draft.family.shallow}
     return {

@@ -120,6 +120,9 @@ class RequestDefaults(BaseModel):
     step_cache: Annotated[Any, _checked("step_cache")] = Field(
         default=None, description='"off", or N: one whole call of the denoiser in every N. Unset = `step_cache.every`.'
     )
+    unet_width: Annotated[Any, _checked("unet_width")] = Field(
+        default=None, description='One of the unet\'s `widths`; unset = "full", the denoiser none was cut from.'
+    )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from sdcompile.recipe.names import BackendName, FamilyName
 from sdcompile.recipe.sections import DefaultsRecipe, SamplerRecipe, ShapesRecipe, VerifyRecipe, empty_for_null
 from sdcompile.recipe.stepcache import StepCacheRecipe, base_of, cached
 from sdcompile.recipe.targets import TargetComponentRecipe, TargetRecipe, target_faults
+from sdcompile.recipe.widths import Widths, widths_of
 from sdcompile.runtime.offer import Offer
 from sdcompile.runtime.options import Options
 from sdcompile.spec import Precision
@@ -85,6 +86,12 @@ class ComponentRecipe(Part):
         default=None,
         description="Reuse deep features on some steps (unet only): adds a component unet_cached, which inherits "
         "what is set here and may be listed with settings of its own.",
+    )
+    widths: Widths | None = Field(
+        default=None,
+        description="Further widths of the denoiser (unet only), the widest first, each with its passes as under "
+        "`prune`, in {w75: {channels: {ratio: 0.25}}}: adds a component unet_w75, which inherits what is set here but "
+        "for `prune`, and may be listed with settings of its own.",
     )
     cast: CastRecipe | None = Field(
         default=None, description="What stays in float32 where this component is cast to fp16 or bf16."
@@ -212,10 +219,22 @@ class Recipe(Part):
     def wanted(self, required: Iterable[str]) -> tuple[str, ...]:
         """The components to build: the family's required ones, and those listed here."""
         shallow = (cached(name) for name, own in self.components.items() if own.step_cache)
-        return tuple(dict.fromkeys((*required, *self.components, *shallow)))
+        narrow = (name for name, _, _ in widths_of(self.components))
+        return tuple(dict.fromkeys((*required, *self.components, *shallow, *narrow)))
+
+    @property
+    def widths(self) -> dict[str, tuple[str, str]]:
+        """Component of a width -> the component it is cut from, and the width's name; in the order written."""
+        return {name: (base, width) for name, base, width in widths_of(self.components)}
 
     def settings(self, component: str) -> ComponentRecipe:
-        """What the recipe sets for `component`; a shallow one inherits from the denoiser it stands in for."""
+        """What the recipe sets for `component`; a shallow one inherits from the denoiser it stands in for, a width
+        from the full one, whose source it is cut from by passes of its own."""
+        if component in self.widths:
+            full = self.components[self.widths[component][0]]
+            own = self.components.get(component, ComponentRecipe()).over(full)
+            assert full.widths is not None
+            return own.model_copy(update={"prune": full.widths[self.widths[component][1]]})
         own, base = self.components.get(component, ComponentRecipe()), base_of(component)
         return own if base is None else own.over(self.components.get(base, ComponentRecipe()))
 
@@ -284,6 +303,11 @@ class Recipe(Part):
     def pruning(self, component: str) -> PruneParams:
         """Pass of the prune stage -> its parameters, for `component`."""
         return self.settings(component).prune
+
+    def place_of_pruning(self, component: str) -> str:
+        """The field that names those passes."""
+        base, width = self.widths.get(component, (component, ""))
+        return f"components.{base}.widths.{width}" if width else f"components.{component}.prune"
 
     def quantizing(self, component: str) -> QuantizeRecipe:
         """How `component` is quantized, if its precision asks for it."""

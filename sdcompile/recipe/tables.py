@@ -14,12 +14,18 @@ from sdcompile.recipe.known import Known
 from sdcompile.recipe.sections import VerifyRecipe
 from sdcompile.recipe.stepcache import base_of
 from sdcompile.recipe.targets import CAPABILITIES, TargetVerifyRecipe, spelled_out, target_faults
+from sdcompile.recipe.widths import widths_of
 from sdcompile.recipe.words import words
 from sdcompile.recipe.yamltext import Place
 
 Faults = Iterator[tuple[Place, str]]
 
-SOME_HAVE = {"clip_skip": "clip_skip", "source": "source of its own", "step_cache": "steps to cache"}
+SOME_HAVE = {
+    "clip_skip": "clip_skip",
+    "source": "source of its own",
+    "step_cache": "steps to cache",
+    "widths": "widths",
+}
 """Fields that only some components understand (`Family.fields`), in words."""
 
 
@@ -54,6 +60,8 @@ def table_faults(data: Mapping[str, Any], known: Known) -> Faults:
         here: Place = ("components", name)
         yield from _option_faults((*here, "build"), _at(known.backends, own.get("backend") or top), own.get("build"))
         yield from _prune_faults((*here, "prune"), known, _mapping(own.get("prune")))
+        for width, passes in _mapping(own.get("widths")).items():
+            yield from _prune_faults((*here, "widths", width), known, _mapping(passes))
         yield from _quantize_faults((*here, "quantize"), known, own.get("quantize"), _chosen(ways, name), name)
     for place, target in targets:
         for name, own in _mapping(target.get("components")).items():
@@ -106,11 +114,14 @@ def _faults_of_target(place: Place, target: Mapping[str, Any], known: Known, nam
 
 
 def _components(data: Mapping[str, Any], known: Known) -> dict[str, tuple[str, ...]] | None:
-    """The components of this family; of all families where the family is itself a fault."""
+    """The components of this family, and the widths the recipe adds; of all families where the family is a fault."""
     family, families = data.get("family"), known.families
     if isinstance(family, str) and family in families:
-        return dict(families[family])
-    return {name: fields for components in families.values() for name, fields in components.items()} or None
+        named = dict(families[family])
+    else:
+        named = {name: fields for components in families.values() for name, fields in components.items()}
+    widths = {name: () for name, base, _ in widths_of(_mapping(data.get("components"))) if base in named}
+    return {**widths, **named} or None
 
 
 def _name_faults(names: Mapping[str, tuple[str, ...]], components: Mapping[str, Any], verify: Any) -> Faults:
@@ -160,7 +171,8 @@ def _chosen(ways: list[Any], name: str) -> list[tuple[Any, Any]]:
     found = []
     for way in ways:
         components = _mapping(way.get("components"))
-        own = {**_set(components.get(base_of(name) or name)), **_set(components.get(name))}
+        full = {width: base for width, base, _ in widths_of(components)}.get(name) or base_of(name) or name
+        own = {**_set(components.get(full)), **_set(components.get(name))}
         backend = own.get("backend") or way.get("backend")
         found.append((backend, own.get("precision") or way.get("precision") or "fp32"))
     return found

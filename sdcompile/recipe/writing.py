@@ -30,8 +30,11 @@ def schema(known: Known | None = None) -> dict[str, Any]:
     components = list(dict.fromkeys(c for fields in known.families.values() for c in fields))
     fields = result["properties"]
     fields["family"]["enum"] = list(known.families)
-    fields["components"]["propertyNames"] = {"enum": components}
-    parts["TargetRecipe"]["properties"]["components"]["propertyNames"] = {"enum": components}
+    slim = [c for row in known.families.values() for c, own in row.items() if "widths" in own]
+    widths = f"^({'|'.join(dict.fromkeys(slim))})_[A-Za-z0-9]+$"
+    named = {"anyOf": [{"enum": components}, {"pattern": widths}]} if slim else {"enum": components}
+    fields["components"]["propertyNames"] = named
+    parts["TargetRecipe"]["properties"]["components"]["propertyNames"] = named
     fields["backend"] = {"enum": list(known.backends), "description": fields["backend"]["description"]}
     for part in ("ComponentRecipe", "TargetComponentRecipe"):
         for branch in parts[part]["properties"]["backend"]["anyOf"]:
@@ -53,6 +56,7 @@ def schema(known: Known | None = None) -> dict[str, Any]:
     parts["VerifyRecipe"]["properties"].update(floors)
     parts["TargetVerifyRecipe"]["properties"].update(floors)
     for part in ("VerifyRecipe", "TargetVerifyRecipe"):
+        parts[part] |= {"patternProperties": {widths: {"$ref": "#/$defs/FloorRecipe"}}} if slim else {}
         parts[part]["additionalProperties"] = False
     _add_passes(parts, known)
     return result
@@ -61,7 +65,11 @@ def schema(known: Known | None = None) -> dict[str, Any]:
 def _add_passes(parts: dict[str, Any], known: Known) -> None:
     """Parameters of passes, as the tables have them: `prune` by pass, `quantize` of every quantization pass."""
     prune = {name: _inlined(model.model_json_schema()) for name, model in known.prune.items()}
-    parts["ComponentRecipe"]["properties"]["prune"] |= {"properties": prune, "additionalProperties": False}
+    passes = {"properties": prune, "additionalProperties": False}
+    parts["ComponentRecipe"]["properties"]["prune"] |= passes
+    for branch in parts["ComponentRecipe"]["properties"]["widths"]["anyOf"]:
+        if branch.get("type") == "object":
+            branch["additionalProperties"] = {"type": "object", **passes}
     for model in dict.fromkeys(model for row in known.quantize.values() for model in row.values()):
         parts["QuantizeRecipe"]["properties"] |= _inlined(model.model_json_schema())["properties"]
     parts["QuantizeRecipe"]["additionalProperties"] = False

@@ -14,6 +14,7 @@ from typing import Any
 
 from sdcompile import bundle
 from sdcompile.bundle import Defaults, Manifest, SamplerEntry, TokenizerEntry
+from sdcompile.families import FAMILIES
 from sdcompile.runtime import profiles
 from sdcompile.runtime.offer import Offer
 from sdcompile.runtime.profiles import Profiles
@@ -101,7 +102,9 @@ class Model:
 
 def _offer(manifest: Manifest) -> Offer:
     compiled = {name: entry.num_inference_steps for name, entry in manifest.samplers.items()}
-    return Offer(compiled, manifest.defaults.sampler, manifest.defaults.num_inference_steps)
+    family = FAMILIES.get(manifest.family)
+    widths = family.widths(manifest.components) if family else None
+    return Offer(compiled, manifest.defaults.sampler, manifest.defaults.num_inference_steps, widths)
 
 
 def _encoder_digest(manifest: Manifest) -> str:

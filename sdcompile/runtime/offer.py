@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sdcompile.runtime import values
 from sdcompile.runtime.options import Options
@@ -17,14 +18,18 @@ from sdcompile.runtime.tables import spans
 
 @dataclass(frozen=True)
 class Offer:
-    """samplers: name -> step counts; the sampler and number of steps of a request that names none."""
+    """samplers: name -> step counts; the sampler and number of steps of a request that names none; widths of the
+    denoiser (None: not known)."""
 
     samplers: Mapping[str, Collection[int]]
     sampler: str
     num_inference_steps: int
+    widths: Collection[str] | None = None
 
     def faults(self, options: Options) -> Iterator[tuple[str, str]]:
-        """(option, what is wrong with it) for every sampler and number of steps that is not compiled."""
+        """(option, what is wrong with it) for every sampler, number of steps and width that is not compiled."""
+        if self.widths is not None and options.unet_width is not None and options.unet_width not in self.widths:
+            yield "unet_width", unknown_width(options.unet_width, self.widths)
         option = "stages" if options.stages is not None else "sampler"
         if options.stages is not None:
             names = tuple(dict.fromkeys(stage.sampler for stage in values.stages(options.stages)))
@@ -46,3 +51,9 @@ class Offer:
                 continue
             place = option if options.num_inference_steps is None else "num_inference_steps"
             yield place, f"sampler {name} is compiled for {spans(compiled)} steps, not for {steps}"
+
+
+def unknown_width(name: Any, widths: Collection[str]) -> str:
+    """The words for a width that is not built."""
+    near = difflib.get_close_matches(str(name), widths, 1)
+    return f"{name!r} is not one of its widths ({', '.join(widths)})" + (f", did you mean {near[0]!r}?" if near else "")

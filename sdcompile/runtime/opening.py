@@ -61,7 +61,10 @@ def _required(folder: Path, manifest: Manifest) -> tuple[str, ...]:
             f"{folder} has no {', '.join(missing)}: images need {', '.join(required)}",
             "build the whole recipe, without --only",
         )
-    return (*required, *(name for name in (FAMILIES[manifest.family].shallow,) if name in manifest.components))
+    family = FAMILIES[manifest.family]
+    # A request may ask for these, besides what every one needs.
+    others = (name for name in manifest.components if name == family.shallow or family.plain(name) != name)
+    return tuple(dict.fromkeys((*required, *others)))
 
 
 def _is_tight(manifest: Manifest, components: tuple[str, ...]) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from sdcompile.errors import RecipeError
+from sdcompile.spec import FULL
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Options:
     sampler                 one of the model's samplers
     tiling                  "off", or "auto": sizes beyond the built ones are made of tiles (see `tiles`)
     hires                   make it small, then larger: how many times as large, and with what strength
+    unet_width              "full", or one of the narrower widths the bundle was built with (`width` is in pixels)
     step_cache              "off", or N: one whole call of the denoiser in every N (see `stepcache`)
     profile                 a named set of options in the bundle (see `profiles`)
     prompt_weighting        "off" or "a1111" (see `prompts`)
@@ -57,6 +59,7 @@ class Options:
     tiling: Any = None
     hires: Any = None
     step_cache: Any = None
+    unet_width: Any = None
     profile: Any = None
 
     @classmethod
@@ -91,5 +94,15 @@ BUILT_IN = Options(
     guidance_rescale=0.0,
     tiling="off",
     step_cache="off",
+    unet_width=FULL,
 )
 """What neither a call nor a model says."""
+
+APPROXIMATIONS: Mapping[str, str] = {"step_cache": "step cache", "unet_width": "width"}
+"""Options that make another denoiser do, as int8 is another one, in words: no part of what is asked, so that whoever
+measures a bundle asks its peers and the reference without them."""
+
+
+def exactly(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` without the approximations among them."""
+    return {name: value for name, value in options.items() if name not in APPROXIMATIONS}

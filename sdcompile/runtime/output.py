@@ -10,6 +10,7 @@ import numpy as np
 
 from sdcompile.runtime.request import Request
 from sdcompile.runtime.values import Schedule
+from sdcompile.spec import FULL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,6 +84,7 @@ def _unusual(request: Request) -> dict[str, str]:
         "tiling": request.tiling if request.tiling != "off" else None,
         "hires": request.hires,
         "step_cache": request.step_cache,
+        "unet_width": request.unet_width if request.unet_width != FULL else None,
         "strength": f"{request.strength:g}" if request.image is not None else None,
         "guidance_rescale": f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
     }

@@ -42,7 +42,7 @@ from sdcompile.runtime.request import ENCODER, Request, resolve, second_pass
 from sdcompile.runtime.stepcache import DeepFeatures
 from sdcompile.runtime.tiles import Tiling, over_tiles
 from sdcompile.runtime.values import Stage
-from sdcompile.spec import Range, at_target
+from sdcompile.spec import FULL, Range, at_target, at_width
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -153,7 +153,8 @@ class Pipeline:
     def warm_up(self) -> float:
         """Open every engine and run it once at the default size, so that the first request finds them ready.
 
-        Returns the seconds it took. Of no use with `low_memory`, which closes engines after use.
+        Of several widths only the default one is. Returns the seconds it took. Of no use with `low_memory`, which
+        closes engines after use.
         """
         began = time.perf_counter()
         steps = self.model.samplers[self.model.defaults.sampler].num_inference_steps
@@ -244,13 +245,14 @@ class Pipeline:
         rescale: float = 0.0,
         weighting: str = "off",
         step_cache: int | None = None,
+        unet_width: str = FULL,
     ) -> Denoiser:
         """The denoiser for these prompts, one image each; `scales` and `timesteps` are those of its calls."""
         guided = max(scales) > 1 and not self.model.facts.get("time_cond_proj_dim")
         embedded = self._embed((*negative_prompts, *prompts) if guided else prompts, weighting)
         images = len(prompts)
         return Denoiser(
-            engine=self.engine(self.family.denoiser),
+            engine=self.engine(at_width(self.family.denoiser, unet_width)),
             family=self.family,
             facts=self.model.facts,
             rows=self.model.shapes["R"],
@@ -276,7 +278,7 @@ class Pipeline:
         keep = None if clean is None or request.mask is None else Kept(table, clean, noise, request.mask)
         denoiser = self.denoiser(
             request.prompts, request.negative_prompts, scales, tuple(call.timestep for call in table.calls),
-            request.guidance_rescale, request.prompt_weighting, request.step_cache,
+            request.guidance_rescale, request.prompt_weighting, request.step_cache, request.unet_width,
         )  # fmt: skip
         before = self._clock.steps or [0] * len(noise)
         self._clock.steps = [calls + len(table.calls) for calls in before]

@@ -18,11 +18,12 @@ from sdcompile.errors import BundleError, RecipeError
 from sdcompile.families import FAMILIES
 from sdcompile.runtime import conditions, values
 from sdcompile.runtime.model import Model
+from sdcompile.runtime.offer import unknown_width
 from sdcompile.runtime.options import BUILT_IN, Options
 from sdcompile.runtime.tables import spans
 from sdcompile.runtime.tiles import upscaled
 from sdcompile.runtime.values import EarlyStop, Hires, Interval, Schedule, Stage
-from sdcompile.spec import Range
+from sdcompile.spec import FULL, Range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,6 +46,7 @@ class Request:
     clean      the latents of such a picture (N, C, h, w), scaled, in place of `image`
     seeded     was the seed given, so that the same request means the same images?
     hires      a second pass, at a larger size
+    unet_width  which width of the denoiser makes the images
     step_cache  N: of every N calls of the denoiser the first is whole, the others shallow; None = all whole
     """
 
@@ -71,6 +73,7 @@ class Request:
     tiling: str
     hires: Hires | None
     step_cache: int | None
+    unet_width: str = FULL
     clean: NDArray[np.float32] | None = None
     seeded: bool = False
 
@@ -143,6 +146,7 @@ def resolve(model: Model, prompt: str | Sequence[str] | None, options: Options) 
         tiling=tiling,
         hires=hires,
         step_cache=_step_cache(model, asked.step_cache),
+        unet_width=_unet_width(model, asked.unet_width),
         seeded=asked.seed is not None,
         **_start(model, asked, len(prompts), **sides),
     )
@@ -212,6 +216,16 @@ def _step_cache(model: Model, value: Any) -> int | None:
             "leave step_cache out, or rebuild it with: --set 'components.unet.step_cache={every: 3}'",
         )
     return every
+
+
+def _unet_width(model: Model, value: Any) -> str:
+    width, built = values.unet_width(value), FAMILIES[model.family].widths(model.components)
+    if model.components and width not in built:
+        raise BundleError(
+            f"unet_width: {unknown_width(width, built)}",
+            f"ask for one of these, or build it: --set 'components.unet.widths.{width}={{channels: {{ratio: 0.3}}}}'",
+        )
+    return width
 
 
 def _strength(asked: Options) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdcompile.errors import RecipeError
+from sdcompile.spec import FULL
 
 Kind = str
 
@@ -246,6 +247,13 @@ def step_cache(value: Any) -> int | None:
     return value if value > 1 else None
 
 
+def unet_width(value: Any) -> str:
+    """The name of a width; which there are, a model knows."""
+    if not isinstance(value, str) or not value:
+        raise RecipeError(f"unet_width={value!r} is no name of a width", f"{FULL}, or one that was built, as in w75")
+    return value
+
+
 def prompt_weighting(value: Any) -> str:
     return choice("prompt_weighting", value, ("off", "a1111"))
 
@@ -266,5 +274,6 @@ CHECKS: Mapping[str, Callable[[Any], Any]] = {
     "tiling": tiling,
     "hires": hires,
     "step_cache": step_cache,
+    "unet_width": unet_width,
 }
 """Option -> its check, for the options that a recipe's defaults may set besides the first few."""

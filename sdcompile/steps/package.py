@@ -130,7 +130,11 @@ def _of_target(inputs: Mapping[str, Path], target: str) -> dict[str, Path]:
 
 def _reports(inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     return {
-        role.removeprefix("report."): json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        # Under the name it has here: a width's report speaks of the denoiser.
+        (name := role.removeprefix("report.")): {
+            **json.loads((folder / "report.json").read_text(encoding="utf-8")),
+            "component": name,
+        }
         for role, folder in inputs.items()
         if role.startswith("report.")
     }

@@ -20,6 +20,7 @@ from sdcompile import checkpoint, metrics
 from sdcompile.backends import BACKENDS, STAND_IN, Backend, Engine, Host
 from sdcompile.backends.base import read_card
 from sdcompile.errors import StageError
+from sdcompile.families import FAMILIES
 from sdcompile.samples import Sample, Samples
 from sdcompile.spec import PIPELINE, Job, Say, say_nothing
 from sdcompile.steps import ranges, standing_in, sweep
@@ -126,8 +127,8 @@ def recheck(bundle: Path, manifest: Manifest, samples: Path) -> dict[str, dict[s
     for name, entry in manifest.components.items():
         base = metrics.FLOORS[entry.precision]
         floor = metrics.Floor(**entry.verification["floor"]) if entry.verification.get("floor") else base
-        folder = bundle / manifest.folder_of(name)
-        found[name] = judge(BACKENDS[entry.backend], folder, Samples(samples, name), floor)
+        folder, recorded = bundle / manifest.folder_of(name), Samples(samples, FAMILIES[manifest.family].plain(name))
+        found[name] = {**judge(BACKENDS[entry.backend], folder, recorded, floor), "component": name}
     found[PIPELINE] = verify_images.recheck(bundle, manifest, samples)
     return found
 

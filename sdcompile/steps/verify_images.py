@@ -16,10 +16,11 @@ import numpy as np
 from sdcompile import metrics, samples
 from sdcompile.backends import BACKENDS, STAND_IN, Engine, Host
 from sdcompile.backends.base import read_card
+from sdcompile.families import FAMILIES
 from sdcompile.runtime import load
 from sdcompile.runtime.images import pil_from_pixels, pixels_from_decoded
 from sdcompile.runtime.pipeline import Pipeline
-from sdcompile.spec import PIPELINE, Job, Precision, Say, say_nothing
+from sdcompile.spec import FULL, PIPELINE, Job, Precision, Say, say_nothing
 from sdcompile.steps import standing_in, sweep
 from sdcompile.steps.reference import Trajectory, model_of
 from sdcompile.steps.report import write
@@ -92,13 +93,15 @@ class _Watched:
 
 def recheck(bundle: Path, manifest: Manifest, recorded: Path) -> dict[str, Any]:
     """The report of a finished bundle's images, made on this machine."""
-    precisions = [entry.precision for entry in manifest.components.values()]
+    plain = FAMILIES[manifest.family].plain
+    built = {name: entry for name, entry in manifest.components.items() if plain(name) == name}
+    precisions = [entry.precision for entry in built.values()]
     told = manifest.verification.get("images", {})
     floor, cached, decoder = (
         part.get("floor", {}).get("min_psnr_db")
         for part in (told, told.get("step_cache", {}), told.get("own_decoder", {}))
     )
-    backends = {name: entry.backend for name, entry in manifest.components.items()}
+    backends = {name: entry.backend for name, entry in built.items()}
     with load(bundle, memory="low", verify_files=False, target=manifest.target or None) as pipeline:
         return judge(
             pipeline, recorded, floor_db(precisions) if floor is None else floor, backends, precisions, cached,
@@ -223,7 +226,8 @@ def _row(
     }  # fmt: skip
     try:
         # Not by a callback, for which latents would come to the host at every step of an engine that need not.
-        final = np.asarray(pipeline(**trajectory.call(), output_type="latent").images)
+        call = {**trajectory.call(), "unet_width": FULL, "output_type": "latent"}
+        final = np.asarray(pipeline(**call).images)
         images = pixels_from_decoded(pipeline.decode(final))
     # As in `verify`: foreign libraries raise what they like, and a pipeline that fails is a finding.
     except Exception as error:

@@ -10,7 +10,7 @@ import pytest
 from sdcompile import bundle
 from sdcompile.errors import RecipeError
 from sdcompile.measure import bench
-from sdcompile.measure.contenders import Ask, of_bundles, of_peer, require_step_cache
+from sdcompile.measure.contenders import Ask, of_bundles, of_peer, require
 from sdcompile.measure.reference import reference_recipe
 from sdcompile.models import tiny
 from sdcompile.recipe import Recipe, dump, known_names
@@ -60,7 +60,7 @@ def test_a_bundle_without_the_shallow_engine_is_refused_before_anything_runs(tmp
     plain = bundle_in(tmp_path / "plain", "unet")
     with pytest.raises(RecipeError, match="plain has no unet_cached, so it cannot take --step-cache 3"):
         of_bundles([plain], Ask(), 1, "auto", ("off", "3"))
-    require_step_cache(bundle.read(plain), "off")
+    require(bundle.read(plain), "step_cache", "off")
     with pytest.raises(RecipeError, match="is no number of calls"):
         bench.step_caches("off,often")
 
