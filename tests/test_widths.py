@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,27 @@ def test_editors_are_told_of_widths():
     widths = found["$defs"]["ComponentRecipe"]["properties"]["widths"]["anyOf"]
     passes = next(branch for branch in widths if branch["type"] == "object")["additionalProperties"]
     assert "channels" in passes["properties"]
+
+
+def test_a_floor_that_one_width_misses_is_told_by_its_name(plan, tmp_path):
+    """Its engine is a unet's, and so is the report of it: which width it is, only the plan knows."""
+    from sdcompile import run
+
+    worst = {
+        "id": "0", "prompt": "red", "step": 1, "timestep": 500.0, "region": "mid", "shape": "opt", "snr_db": 3.0,
+        "cosine": 0.9, "max_abs": 1.0, "finite": True, "flat": False, "error": None, "passed": False,
+    }  # fmt: skip
+    report = {"component": "unet", "passed": False, "precision": "bf16", "backend": "openvino", "worst": worst}
+    report |= {
+        "floor": {"min_snr_db": 9.0, "min_cosine": 0.0},
+        "against": "reference",
+        "kept": None,
+        "own": {"worst": worst},
+        "samples": [worst],
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(run._Missed) as caught:
+        run._gate(plan(SLIM)["unet_w50.verify.engine"], tmp_path)
+    assert caught.value.component == "unet_w50"
+    assert "unet_w50" in caught.value.error.message
+    assert "verify: {unet_w50:" in caught.value.error.hint
