@@ -77,8 +77,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
     subject = pruning.open_subject(inputs["checkpoint"], job)
     calls = pruning.calls_of(Samples(inputs["samples"], job.component, held_out=False), job)
-    field = f"components.{job.component}.prune.blocks"
-    rows = remove(subject, calls, params, field, job.say)
+    rows = remove(subject, calls, params, "blocks", job.say)
     pruning.finish(inputs, out, job, subject, [row["edit"] for row in rows], blocks=rows)
 
 

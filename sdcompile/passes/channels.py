@@ -71,7 +71,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     subject = pruning.open_subject(inputs["checkpoint"], job)
     places = [site for part in dict.fromkeys(params.parts) for site in _FIND[part](subject.model)]
     sites.need(places, job.component, "resnet or feed-forward")
-    places = sites.matching(places, params.layers, f"components.{job.component}.prune.channels.layers")
+    places = sites.matching(places, params.layers, "channels.layers")
     calls = pruning.calls_of(Samples(inputs["samples"], job.component, held_out=False), job)
     request = narrowing.Request(
         params.ratio, params.uniform, params.importance, compensate=params.compensate, round_to=params.round_to,

@@ -68,7 +68,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     subject = pruning.open_subject(inputs["checkpoint"], job)
     places = list(sites.heads_of(subject.model))
     sites.need(places, job.component, "attention with more than one head")
-    places = sites.matching(places, params.layers, f"components.{job.component}.prune.heads.layers")
+    places = sites.matching(places, params.layers, "heads.layers")
     calls = pruning.calls_of(Samples(inputs["samples"], job.component, held_out=False), job)
     request = narrowing.Request(
         params.ratio, params.uniform, params.importance, params.merge, params.compensate, most=params.max_ratio

@@ -87,8 +87,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     student = pruning.open_subject(inputs["checkpoint"], job)
     teacher = pruning.open_subject(inputs["teacher"], job)
     pairs = pruning.pairs_of(Samples(inputs["samples"], job.component, held_out=False), job)
-    told = f"components.{job.component}.prune.recover"
-    exams = distil(student, teacher, pairs, params, told, job.say, job.state)
+    exams = distil(student, teacher, pairs, params, "recover", job.say, job.state)
     pruning.finish(inputs, out, job, student, [], steps=exams)
 
 
