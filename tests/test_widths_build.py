@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ sampler_steps: [1, 4]
 defaults: {num_inference_steps: 4, guidance_scale: 3.0}
 calibrate: {images: 4, num_inference_steps: 2, max_samples: 4}
 components:
-  unet: {widths: {w75: {channels: {ratio: 0.3}}}}
+  unet: {widths: {w75: {channels: {ratio: 0.5, layers: ["mid_block.*"]}}}}
   unet_w75: {backend: onnxruntime}
 verify: {num_inference_steps: 2, prompts: [a large green star on a white background]}
 """
@@ -56,6 +57,12 @@ def test_each_width_is_verified_and_told_of(built):
     assert {"battery_below": 0.2, "profile": "draft"} in profiles["policy"]
 
 
+def made_by(built: Place, step: str) -> Path:
+    """The folder in the store that `step` made."""
+    found = (built.folder / "store").rglob("artifact.json")
+    return next(path.parent for path in found if json.loads(path.read_text())["step"] == step)
+
+
 def picture(built: Place, denoiser=None, **options) -> np.ndarray:
     """The picture of one request; `denoiser` in place of the bundle's."""
     import sdcompile
@@ -73,12 +80,9 @@ def torch_engine(built: Place, step: str, folder):
     from sdcompile.spec import Job
 
     card = read_card(built.bundle() / "components" / "unet", "reference")
-    (artifact,) = (
-        path for path in (built.folder / "store").rglob("artifact.json") if json.loads(path.read_text())["step"] == step
-    )
     folder.mkdir()
     job = Job(card.component, card.params, "fp32", card.spec, card.shapes)
-    BACKENDS["reference"].build(artifact.parent, folder, job)
+    BACKENDS["reference"].build(made_by(built, step), folder, job)
     return BACKENDS["reference"].open(folder, Host())
 
 
@@ -90,7 +94,7 @@ def test_a_picture_of_a_width_is_what_torch_draws_with_that_widths_module(built,
     assert psnr_db(expected, picture(built, unet_width="full")) < 40, "the wrong engine would be seen"
 
 
-def test_generate_inspect_and_verify_know_of_widths(built):
+def test_generate_and_inspect_know_of_widths(built):
     from PIL import Image
 
     made = built.folder / "made"
@@ -98,6 +102,15 @@ def test_generate_inspect_and_verify_know_of_widths(built):
     (path,) = made.glob("*.png")
     assert Image.open(path).text["unet_width"] == "w75"
     assert "widths    full, w75" in built.run("inspect", built.bundle()).stdout
-    (result,) = [event for event in built.events("verify", built.bundle()) if event["event"] == "result"]
-    assert {"unet", "unet_w75", "pipeline"} < set(result["reports"])
-    assert result["reports"]["unet_w75"]["component"] == "unet_w75"
+
+
+def test_a_finished_bundle_is_verified_again_with_every_width(built):
+    from sdcompile import bundle
+    from sdcompile.steps.verify import recheck
+
+    samples = made_by(built, "pipeline.verify.record")
+    reports = recheck(built.bundle(), bundle.read(built.bundle()), samples)
+    assert set(reports) == {"text_encoder", "unet", "vae_decoder", "unet_w75", "pipeline"}
+    assert all(report["passed"] for report in reports.values())
+    assert reports["unet_w75"]["component"] == "unet_w75"
+    assert reports["unet_w75"]["worst"]["snr_db"] < 60 < reports["unet"]["worst"]["snr_db"]
