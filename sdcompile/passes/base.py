@@ -52,10 +52,6 @@ def by_modules(fault: Callable[[Any, Mapping[str, str]], list[str]]) -> Callable
     return refuses
 
 
-def unchanged(params: Any, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config
-
-
 @dataclass(frozen=True)
 class Pass:
     """One rewriting of a model: it reads the form `kind` and writes the same form, and effect.json (`write_effect`).
@@ -73,8 +69,6 @@ class Pass:
     memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB)
     measuring   the same where it wants samples, if that takes more
     refuses     (params, setting) -> what cannot be, each as "field: fault"; a plan asks before anything is made
-    config      (params, config.json before) -> config.json after, as far as a plan can know; asked of what it does not
-                refuse
     exact       does the module compute the same function after it, so that the floors of its precision hold?
     disk        what `run` writes, at most: times the component's fp32 bytes
     teacher     does it want an input "teacher": the component's checkpoint as it was before any pass?
@@ -91,7 +85,6 @@ class Pass:
     packages: tuple[str, ...] = ()
     calibrates: Callable[[Any], bool] = never
     refuses: Callable[[Any, Setting], list[str]] = nothing
-    config: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]] = unchanged
     exact: bool = False
     teacher: bool = False
     memory: tuple[float, float] = (2.0, 1.0)

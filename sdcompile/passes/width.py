@@ -57,13 +57,6 @@ def refuses(params: Params, setting: Setting) -> list[str]:
     return widths.faults_of(setting.config, params.ratio, params.round_to)
 
 
-def config_after(params: Params, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says afterwards; `config` where this pass refuses it."""
-    if params.ratio <= 0.0 or widths.faults_of(config, params.ratio, params.round_to):
-        return dict(config)
-    return widths.narrowed(config, params.ratio, params.round_to)
-
-
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Write the checkpoint in `inputs["checkpoint"]` with narrower levels into `out`."""
     params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
@@ -105,7 +98,7 @@ def _told(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 def narrow(subject: pruning.Subject, calls: Any, params: Params, say: Say) -> pruning.Subject:
     """A narrower copy of `subject`, whose attention dimensions are turned in place (its function stays)."""
     model: Any = subject.model
-    thin = _empty(subject, config_after(params, model.config))
+    thin = _empty(subject, widths.narrowed(model.config, params.ratio, params.round_to))
     wiring = streams.wired(model)
     kept = choose(subject, thin, wiring, calls, params.compensate, say)
     streams.shaped(model, thin, wiring, kept)
@@ -228,7 +221,6 @@ PASS = Pass(
     params=Params,
     run=run,
     refuses=refuses,
-    config=config_after,
     packages=("torch", "diffusers"),
     calibrates=always,
     memory=(2.5, 4.5),

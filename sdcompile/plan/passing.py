@@ -48,17 +48,8 @@ def faults_of_passes(recipe: Recipe, name: str, passes: Sequence[Planned], setti
         pruning = f"{recipe.place_of_pruning(name)}.{record.name}"
         where = pruning if record.stage == "prune" else place_of_quantize(recipe, name)
         faults += [f"{where}.{fault}" for fault in record.refuses(params, setting)]
-        after = setting.config if faults else record.config(params, setting.config)
-        setting = replace(setting, config=after, before={**setting.before, record.name: params})
+        setting = replace(setting, before={**setting.before, record.name: params})
     return faults
-
-
-def pruned_config(recipe: Recipe, name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`config` of the component `name` as the recipe's pruning leaves it."""
-    asked = recipe.pruning(name)
-    for record, params in ((PASSES[p], asked[p]) for p in PASSES if p in asked):
-        config = record.config(record.params.model_validate(planned(record, params).params), config)
-    return config
 
 
 def faults_of_mode(backend: Backend, passes: Sequence[Planned], where: str) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from sdcompile.errors import RecipeError
 from sdcompile.families import Family
-from sdcompile.plan.passing import pruned_config
 from sdcompile.recipe import Recipe
 from sdcompile.runtime.values import step_cache
 from sdcompile.spec import ComponentSpec
@@ -31,10 +30,13 @@ def specs_of(
     where = f"components.{family.denoiser}"
     if "blocks" in recipe.pruning(family.denoiser):
         faults.append(f"{where}.prune.blocks: with step_cache no block can leave: its depth counts the model's layers")
-    folder = family.folders[family.denoiser]
-    narrowed = {**configs, folder: pruned_config(recipe, family.denoiser, configs[folder])}
+    if "width" in recipe.pruning(family.denoiser):
+        faults.append(
+            f"{where}.prune.width: with step_cache no level can become narrower: the deep features that were recorded "
+            "to judge the shallow engine by have the width of the source"
+        )
     try:
-        return family.step_cached(narrowed, specs, found.depth)
+        return family.step_cached(configs, specs, found.depth)
     except RecipeError as error:
         faults.append(f"{where}.{error.message}")
         return specs

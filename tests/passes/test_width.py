@@ -13,7 +13,7 @@ from sdcompile import edits
 from sdcompile.errors import StageError
 from sdcompile.passes import PASSES, widths
 from sdcompile.passes.base import Setting
-from tests.passes.small_unet import CONFIGS, FAMILY, SHAPES, UNET, opened, recorded, run, saved
+from tests.passes.small_unet import SHAPES, UNET, opened, recorded, run, saved
 
 SD15 = {
     "block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": 8, "norm_num_groups": 32,
@@ -71,7 +71,6 @@ def test_what_a_config_cannot_say_is_refused_before_anything_is_made(config, par
     (fault,) = record.refuses(record.params.model_validate(params), setting)
     assert fault.startswith(("ratio: ", "round_to: "))
     assert words in fault
-    assert record.config(record.params.model_validate(params), config) == config
 
 
 def test_a_whole_ratio_is_never_refused():
@@ -442,6 +441,4 @@ def test_step_caching_cuts_the_narrow_model(narrow):
     shallow = checkpoint.load("sd", "unet_cached", narrow, cached)
     with torch.inference_mode():
         assert torch.allclose(shallow(*feeds(), deep), output, atol=1e-6)
-    after = PASSES["width"].config(PASSES["width"].params(ratio=0.5), CONFIGS["unet"])
-    planned = FAMILY.step_cached({**CONFIGS, "unet": after}, FAMILY.components(CONFIGS), 1)
-    assert planned["unet_cached"].inputs[-1].dims[1] == deep.shape[1] == 8
+    assert deep.shape[1] == 8
