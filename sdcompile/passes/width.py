@@ -114,8 +114,10 @@ def _empty(subject: pruning.Subject, config: Mapping[str, Any]) -> Any:
     """A model of `config` without weights, with the same edits."""
     import torch
 
+    # diffusers drops a field that its list of those left to their defaults names, whatever it is set to.
+    told = {name: value for name, value in config.items() if name != "_use_default_values"}
     with torch.device("meta"):
-        thin = type(subject.model).from_config(config)  # type: ignore[attr-defined]
+        thin = type(subject.model).from_config(told)  # type: ignore[attr-defined]
     edits.replay(thin, subject.edits)
     return thin.to_empty(device="cpu").eval().requires_grad_(False)
 

@@ -442,3 +442,17 @@ def test_step_caching_cuts_the_narrow_model(narrow):
     with torch.inference_mode():
         assert torch.allclose(shallow(*feeds(), deep), output, atol=1e-6)
     assert deep.shape[1] == 8
+
+
+@tiny
+def test_fields_that_a_config_leaves_to_their_defaults_are_set_too(source, tmp_path):
+    from sdcompile.passes import pruning, width
+
+    config = json.loads((source / "config.json").read_text())
+    del config["time_embedding_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = "diffusion_pytorch_model.safetensors"
+    (tmp_path / weights).symlink_to(source / weights)
+    module = opened(tmp_path)
+    thin = width._empty(pruning.Subject(module, module.unet, []), widths.narrowed(module.unet.config, 0.5, 8))
+    assert thin.time_embedding.linear_2.weight.shape == (64, 64)
