@@ -45,7 +45,7 @@ import serving_figures  # noqa: E402
 
 BATCH = 4
 TEACHER = "dpmpp_2m"
-TIMED_PROMPTS, ROUNDS = 4, 5
+TIMED_PROMPTS, ROUNDS = 3, 9
 _NONE = np.zeros((0, 0, 0, 3), np.float32)
 
 
