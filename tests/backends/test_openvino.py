@@ -60,6 +60,14 @@ def test_facts_tell_what_openvino_says_it_compiled(precision, forms, tmp_path):
     assert engine.facts["threads"] == 1
 
 
+@pytest.mark.parametrize(("there", "pinned"), [(1, True), (2, False)])
+def test_threads_are_pinned_only_where_they_are_all_there_are(there, pinned, forms, tmp_path, monkeypatch):
+    # Those of two processes would be pinned to the same processors, and two workers be as slow as one.
+    folder = forms("vae_decoder").build("openvino", tmp_path, shape_mode="static")
+    monkeypatch.setattr(machine, "threads", lambda: there)
+    assert openvino.open_engine(folder, Host(threads=1)).facts["pinned"] is pinned
+
+
 def test_half_weights_are_stored_for_half_precisions_only(forms, tmp_path):
     sizes = {}
     for precision in ("fp32", "bf16"):
