@@ -22,6 +22,7 @@ from sdcompile.spec import Say, say_nothing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 Calls = Sequence[tuple["Tensor", ...]]
 """Recorded inputs of the module, one tuple of tensors per call."""
@@ -148,8 +149,6 @@ def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def observe(run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, say: Say = say_nothing) -> list[Study]:
     """Every site's moments over `calls`, and how many positions its layers work on."""
-    import torch
-
     studies = []
     handles = []
     for site in places:
@@ -160,6 +159,17 @@ def observe(run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, sa
         handles.append(reader.register_forward_pre_hook(_adder(study)))
         for name in (site.reader, *site.writers):
             handles.append(model.get_submodule(name).register_forward_hook(_counter(study, name)))
+    play(run, calls, handles, say)
+    for study in studies:
+        weights = {name: cast("Any", model.get_submodule(name)).weight.numel() for name in study.positions}
+        study.cost = sum(weights[name] * count / study.layer.units for name, count in study.positions.items())
+    return studies
+
+
+def play(run: Callable[..., Any], calls: Calls, handles: Sequence[RemovableHandle], say: Say) -> None:
+    """Run every recorded call without gradients while hooks look on; they are removed, whatever happens."""
+    import torch
+
     try:
         with torch.no_grad():
             for number, call in enumerate(calls):
@@ -168,10 +178,6 @@ def observe(run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, sa
     finally:
         for handle in handles:
             handle.remove()
-    for study in studies:
-        weights = {name: cast("Any", model.get_submodule(name)).weight.numel() for name in study.positions}
-        study.cost = sum(weights[name] * count / study.layer.units for name, count in study.positions.items())
-    return studies
 
 
 def _adder(study: Study) -> Callable[..., None]:

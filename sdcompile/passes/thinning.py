@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from sdcompile.passes import sites
 from sdcompile.passes.compensation import Moments
+from sdcompile.passes.narrowing import RIDGE, play
 from sdcompile.passes.streams import Stream, Wiring
 from sdcompile.spec import Say
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-RIDGE = 1e-3
-"""Share of the inputs' mean variance that is added to each, as in `narrowing`."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,7 @@ class View:
 
 def record(run: Callable[..., Any], model: nn.Module, names: Sequence[str], calls: Any, say: Say) -> dict[str, Moments]:
     """Moments of the channels that each of the layers `names` reads, over recorded calls."""
-    import torch
-
     found: dict[str, Moments] = {}
-    handles = []
 
     def adder(name: str) -> Callable[..., None]:
         def add(layer: Any, arguments: tuple[Tensor, ...]) -> None:
@@ -52,14 +47,7 @@ def record(run: Callable[..., Any], model: nn.Module, names: Sequence[str], call
         return add
 
     handles = [model.get_submodule(name).register_forward_pre_hook(adder(name)) for name in names]
-    try:
-        with torch.no_grad():
-            for number, call in enumerate(calls):
-                say(f"recorded call {number + 1} of {len(calls)}", 0.3 * number / len(calls))
-                run(*call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    play(run, calls, handles, say)
     return found
 
 

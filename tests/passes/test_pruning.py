@@ -14,19 +14,9 @@ from sdcompile.errors import RecipeError, StageError
 from sdcompile.passes import PASSES
 from sdcompile.passes.base import read_effect
 from sdcompile.spec import Job, Say, say_nothing
-from tests.passes.small_unet import CONFIGS, FAMILY, SHAPES, VAE, opened, recorded, run, saved
+from tests.passes.small_unet import CONFIGS, FAMILY, SHAPES, VAE, opened, run
 
 pytestmark = pytest.mark.tiny
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return saved(tmp_path_factory.mktemp("unet"))
-
-
-@pytest.fixture(scope="module")
-def samples(source, tmp_path_factory) -> Path:
-    return recorded(tmp_path_factory.mktemp("samples"), source)
 
 
 def answer(folder: Path):

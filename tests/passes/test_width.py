@@ -13,7 +13,7 @@ from sdcompile import edits
 from sdcompile.errors import StageError
 from sdcompile.passes import PASSES, widths
 from sdcompile.passes.base import Setting
-from tests.passes.small_unet import SHAPES, UNET, opened, recorded, run, saved
+from tests.passes.small_unet import SHAPES, UNET, opened, recorded, run
 
 SD15 = {
     "block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": 8, "norm_num_groups": 32,
@@ -82,16 +82,6 @@ def test_a_whole_ratio_is_never_refused():
 # --- models ---
 
 tiny = pytest.mark.tiny
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return saved(tmp_path_factory.mktemp("unet"))
-
-
-@pytest.fixture(scope="module")
-def samples(source, tmp_path_factory) -> Path:
-    return recorded(tmp_path_factory.mktemp("samples"), source)
 
 
 @pytest.fixture(scope="module")
