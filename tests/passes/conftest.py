@@ -10,10 +10,10 @@ from tests.passes.small_unet import recorded, saved
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory) -> Path:
+def small(tmp_path_factory) -> Path:
     return saved(tmp_path_factory.mktemp("unet"))
 
 
 @pytest.fixture(scope="session")
-def samples(source, tmp_path_factory) -> Path:
-    return recorded(tmp_path_factory.mktemp("samples"), source)
+def samples(small, tmp_path_factory) -> Path:
+    return recorded(tmp_path_factory.mktemp("samples"), small)

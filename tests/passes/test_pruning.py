@@ -38,9 +38,9 @@ def mean_snr(effect: dict) -> float:
 
 
 @pytest.mark.parametrize("name", ["heads", "channels"])
-def test_a_ratio_of_zero_is_the_identity(source, samples, tmp_path, name):
-    effect = run(name, source, tmp_path / "out", samples, ratio=0)
-    before, after = tensors(source), tensors(tmp_path / "out")
+def test_a_ratio_of_zero_is_the_identity(small, samples, tmp_path, name):
+    effect = run(name, small, tmp_path / "out", samples, ratio=0)
+    before, after = tensors(small), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[key], after[key]) for key in before)
     assert not (tmp_path / "out" / edits.FILE).exists()
@@ -49,8 +49,8 @@ def test_a_ratio_of_zero_is_the_identity(source, samples, tmp_path, name):
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-def test_heads_leave_for_good(source, samples, tmp_path, uniform):
-    effect = run("heads", source, tmp_path / "out", samples, ratio=0.25, uniform=uniform)
+def test_heads_leave_for_good(small, samples, tmp_path, uniform):
+    effect = run("heads", small, tmp_path / "out", samples, ratio=0.25, uniform=uniform)
     removed = [row["removed"] for row in effect["layers"]]
     assert len(removed) == 8
     assert sum(removed) == 8 if uniform else sum(removed) > 0
@@ -65,46 +65,46 @@ def test_heads_leave_for_good(source, samples, tmp_path, uniform):
 
 
 @pytest.mark.parametrize("name", ["heads", "channels"])
-def test_compensation_brings_the_output_nearer(source, samples, tmp_path, name):
+def test_compensation_brings_the_output_nearer(small, samples, tmp_path, name):
     options = {"ratio": 0.5, "uniform": True, "importance": "l2"}
     if name == "channels":
         options |= {"round_to": 1}
-    plain = run(name, source, tmp_path / "a", samples, compensate=False, **options)
-    fitted = run(name, source, tmp_path / "b", samples, **options)
+    plain = run(name, small, tmp_path / "a", samples, compensate=False, **options)
+    fitted = run(name, small, tmp_path / "b", samples, **options)
     assert mean_snr(fitted) > mean_snr(plain)
     for row, other in zip(fitted["layers"], plain["layers"], strict=True):
         assert row["removed"] == other["removed"]
         assert row["relative_error"] <= other["relative_error"] * (1 + 1e-9)
 
 
-def test_the_budget_is_spent_where_it_costs_least(source, samples, tmp_path):
-    equal = run("heads", source, tmp_path / "a", samples, ratio=0.4, uniform=True)
-    chosen = run("heads", source, tmp_path / "b", samples, ratio=0.4)
+def test_the_budget_is_spent_where_it_costs_least(small, samples, tmp_path):
+    equal = run("heads", small, tmp_path / "a", samples, ratio=0.4, uniform=True)
+    chosen = run("heads", small, tmp_path / "b", samples, ratio=0.4)
     assert len({row["removed"] for row in chosen["layers"]}) > 1
     assert mean_snr(chosen) > mean_snr(equal) - 1
 
 
 @pytest.mark.parametrize("importance", ["reconstruction", "taylor", "l1", "l2"])
-def test_every_importance_chooses_heads(source, samples, tmp_path, importance):
+def test_every_importance_chooses_heads(small, samples, tmp_path, importance):
     options = {"ratio": 0.25, "uniform": True, "importance": importance, "layers": ["mid_block*"]}
-    effect = run("heads", source, tmp_path / "out", samples, **options)
+    effect = run("heads", small, tmp_path / "out", samples, **options)
     assert [row["removed"] for row in effect["layers"]] == [1, 1]
     assert all(row["relative_error"] < 0.5 for row in effect["layers"])
 
 
-def test_the_same_inputs_give_the_same_bytes(source, samples, tmp_path):
+def test_the_same_inputs_give_the_same_bytes(small, samples, tmp_path):
     for name in ("a", "b"):
-        run("heads", source, tmp_path / name, samples, ratio=0.25)
+        run("heads", small, tmp_path / name, samples, ratio=0.25)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == ["config.json", "diffusion_pytorch_model.safetensors", "edits.json", "effect.json"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
 
 
-def test_of_two_like_heads_merging_keeps_one(source, samples, tmp_path):
+def test_of_two_like_heads_merging_keeps_one(small, samples, tmp_path):
     import torch
 
     twin = tmp_path / "twin"
-    module = opened(source)
+    module = opened(small)
     layer = module.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     for name in ("to_q", "to_k", "to_v"):
         weight = getattr(layer, name).weight = torch.nn.Parameter(getattr(layer, name).weight.clone())
@@ -121,8 +121,8 @@ def test_of_two_like_heads_merging_keeps_one(source, samples, tmp_path):
     assert torch.allclose(answer(twin), answer(tmp_path / "out"), atol=1e-3)
 
 
-def test_channels_keep_whole_groups(source, samples, tmp_path):
-    effect = run("channels", source, tmp_path / "out", samples, ratio=0.3, round_to=8)
+def test_channels_keep_whole_groups(small, samples, tmp_path):
+    effect = run("channels", small, tmp_path / "out", samples, ratio=0.3, round_to=8)
     model = opened(tmp_path / "out").unet
     resnets = [m for m in model.modules() if hasattr(m, "conv2")]
     assert any(r.norm2.num_groups < 8 for r in resnets)
@@ -139,26 +139,26 @@ def test_channels_keep_whole_groups(source, samples, tmp_path):
     assert 0.05 < share < 0.3
 
 
-def test_wide_convolutions_are_fitted_channel_by_channel(source, samples, tmp_path, monkeypatch):
+def test_wide_convolutions_are_fitted_channel_by_channel(small, samples, tmp_path, monkeypatch):
     """Beyond a size the moments are those of channels, not of unfolded inputs: coarser, still better than nothing."""
     from sdcompile.passes import sites
 
     options = {"ratio": 0.5, "uniform": True, "round_to": 1, "importance": "l2", "parts": ["resnets"]}
-    unfolded = run("channels", source, tmp_path / "a", samples, **options)
-    plain = run("channels", source, tmp_path / "b", samples, compensate=False, **options)
+    unfolded = run("channels", small, tmp_path / "a", samples, **options)
+    plain = run("channels", small, tmp_path / "b", samples, compensate=False, **options)
     monkeypatch.setattr(sites, "UNFOLDED", 100)
-    mixed = run("channels", source, tmp_path / "c", samples, **options)
+    mixed = run("channels", small, tmp_path / "c", samples, **options)
     assert mean_snr(plain) < mean_snr(mixed) < mean_snr(unfolded)
 
 
-def test_writing_a_matrix_back_changes_nothing(source, monkeypatch):
+def test_writing_a_matrix_back_changes_nothing(small, monkeypatch):
     import torch
 
     from sdcompile.passes import sites
 
     for limit in (10_000, 100):
         monkeypatch.setattr(sites, "UNFOLDED", limit)
-        model = opened(source).unet
+        model = opened(small).unet
         for site in [*sites.channels_of(model), *sites.heads_of(model), *sites.feed_forwards_of(model)]:
             reader = model.get_submodule(site.reader)
             before = reader.weight.clone(), reader.bias.clone()
@@ -168,34 +168,34 @@ def test_writing_a_matrix_back_changes_nothing(source, monkeypatch):
             assert torch.equal(reader.bias, before[1])
 
 
-def test_passes_compose(source, samples, tmp_path):
+def test_passes_compose(small, samples, tmp_path):
     import torch
 
-    run("heads", source, tmp_path / "a", samples, ratio=0.25, uniform=True)
+    run("heads", small, tmp_path / "a", samples, ratio=0.25, uniform=True)
     run("channels", tmp_path / "a", tmp_path / "b", samples, ratio=0.2)
     effect = run("heads", tmp_path / "b", tmp_path / "c", samples, ratio=0.34, uniform=True)
     made = edits.read(tmp_path / "c")
     assert made[: len(edits.read(tmp_path / "b"))] == edits.read(tmp_path / "b")
     assert {edit["of"] for edit in effect["edits"]} == {3}
-    model = opened(source).unet
+    model = opened(small).unet
     edits.replay(model, made)
     model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors(tmp_path / "c").items()})
 
 
-def test_a_pruned_unet_exports_smaller_and_computes_what_torch_does(source, samples, tmp_path):
+def test_a_pruned_unet_exports_smaller_and_computes_what_torch_does(small, samples, tmp_path):
     import onnxruntime
     import torch
 
     from sdcompile.steps import export_onnx
 
-    run("heads", source, tmp_path / "a", samples, ratio=0.25)
+    run("heads", small, tmp_path / "a", samples, ratio=0.25)
     run("channels", tmp_path / "a", tmp_path / "b", samples, ratio=0.3)
     params = {"family": "sd", "opset": 20, "attention": "sdpa", "multiples": FAMILY.facts(CONFIGS)["multiples"]}
     job = Job("unet", params, spec=FAMILY.components(CONFIGS)["unet"], shapes=SHAPES)
     (tmp_path / "onnx").mkdir()
     export_onnx.run({"checkpoint": tmp_path / "b"}, tmp_path / "onnx", job)
     weights = (tmp_path / "onnx" / "model.onnx.data").stat().st_size
-    assert weights < 0.9 * next(source.glob("*.safetensors")).stat().st_size
+    assert weights < 0.9 * next(small.glob("*.safetensors")).stat().st_size
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     torch.manual_seed(3)
     feeds = (torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 24))
@@ -206,17 +206,17 @@ def test_a_pruned_unet_exports_smaller_and_computes_what_torch_does(source, samp
         return float(np.abs(got - answer(folder).numpy()).max() / np.abs(got).max())
 
     assert gap(tmp_path / "b") < 1e-5
-    assert gap(source) > 1e-3, "the sibling: the whole model does not compute what the pruned one does"
+    assert gap(small) > 1e-3, "the sibling: the whole model does not compute what the pruned one does"
 
 
-def test_the_work_is_counted_with_attention(source, samples, tmp_path):
+def test_the_work_is_counted_with_attention(small, samples, tmp_path):
     """Linear layers and convolutions by hand; attention adds 2 x tokens x tokens x width per layer."""
     import torch
 
     from sdcompile.passes import pruning
 
     job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
-    subject = pruning.open_subject(source, job)
+    subject = pruning.open_subject(small, job)
     seen = 0
 
     def count(layer: Any, arguments: Any, output: Any) -> None:
@@ -237,45 +237,45 @@ def test_the_work_is_counted_with_attention(source, samples, tmp_path):
     feeds = [torch.zeros(t.shape(SHAPES, "opt")) for t in job.spec.inputs]  # type: ignore[union-attr]
     with torch.no_grad():
         subject.module(*feeds)
-    assert pruning.macs(pruning.open_subject(source, job), job) == seen
+    assert pruning.macs(pruning.open_subject(small, job), job) == seen
 
 
 # --- blocks ---
 
 
-def test_blocks_are_chosen_by_what_the_output_misses(source, samples, tmp_path):
+def test_blocks_are_chosen_by_what_the_output_misses(small, samples, tmp_path):
     import torch
 
-    effect = run("blocks", source, tmp_path / "out", samples, count=2)
+    effect = run("blocks", small, tmp_path / "out", samples, count=2)
     assert [row["relative_error"] > 0 for row in effect["blocks"]] == [True, True]
     assert effect["macs"][1] < effect["macs"][0]
     assert effect["parameters"][1] < effect["parameters"][0]
     assert torch.isfinite(answer(tmp_path / "out")).all()
 
 
-def test_named_blocks_are_removed_and_others_refused(source, samples, tmp_path):
-    effect = run("blocks", source, tmp_path / "a", samples, remove=["mid_block"])
+def test_named_blocks_are_removed_and_others_refused(small, samples, tmp_path):
+    effect = run("blocks", small, tmp_path / "a", samples, remove=["mid_block"])
     assert effect["diffusers"] == "an ordinary diffusers folder"
     assert json.loads((tmp_path / "a" / "config.json").read_text())["mid_block_type"] is None
     effect = run("blocks", tmp_path / "a", tmp_path / "b", samples, remove=["down_blocks.0.0+up_blocks.1.1"])
     assert effect["diffusers"] == "a block without layers has no place in layers_per_block"
     with pytest.raises(RecipeError, match=r"'down_blocks.9.1' is no block that can be removed"):
-        run("blocks", source, tmp_path / "c", samples, remove=["down_blocks.9.1"])
+        run("blocks", small, tmp_path / "c", samples, remove=["down_blocks.9.1"])
     with pytest.raises(RecipeError, match="'mid_block' is no block"):
         run("blocks", tmp_path / "a", tmp_path / "d", samples, remove=["mid_block"])
     with pytest.raises(StageError, match="blocks can be removed, not 60"):
-        run("blocks", source, tmp_path / "e", samples, count=60)
+        run("blocks", small, tmp_path / "e", samples, count=60)
 
 
 # --- recovery ---
 
 
-def test_recovery_brings_the_output_nearer_and_repeats_itself(source, samples, tmp_path):
+def test_recovery_brings_the_output_nearer_and_repeats_itself(small, samples, tmp_path):
     pruned = tmp_path / "pruned"
-    lost = run("heads", source, pruned, samples, ratio=0.5, uniform=True, importance="l1", compensate=False)
+    lost = run("heads", small, pruned, samples, ratio=0.5, uniform=True, importance="l1", compensate=False)
     options = {"steps": 16, "rows": 16, "learning_rate": 2e-4}
-    found = run("recover", pruned, tmp_path / "a", samples, teacher=source, **options)
-    run("recover", pruned, tmp_path / "b", samples, teacher=source, **options)
+    found = run("recover", pruned, tmp_path / "a", samples, teacher=small, **options)
+    run("recover", pruned, tmp_path / "b", samples, teacher=small, **options)
     assert mean_snr(found) > mean_snr(lost) + 1
     assert found["parameters"][0] == found["parameters"][1]
     assert edits.read(tmp_path / "a") == edits.read(pruned)
@@ -307,29 +307,29 @@ RECOVERY: dict[str, Any] = {"steps": 6, "rows": 4, "learning_rate": 2e-4, "patie
 
 
 @pytest.fixture(scope="module")
-def crude(source, samples, tmp_path_factory) -> Path:
+def crude(small, samples, tmp_path_factory) -> Path:
     """Half of the heads gone, nothing made up for."""
     folder = tmp_path_factory.mktemp("crude") / "out"
-    run("heads", source, folder, samples, ratio=0.5, uniform=True, importance="l1", compensate=False)
+    run("heads", small, folder, samples, ratio=0.5, uniform=True, importance="l1", compensate=False)
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(source, samples, crude, tmp_path_factory) -> Path:
+def whole(small, samples, crude, tmp_path_factory) -> Path:
     """What a recovery of `crude` comes to that nobody interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    run("recover", crude, folder, samples, teacher=source, **RECOVERY)
+    run("recover", crude, folder, samples, teacher=small, **RECOVERY)
     return folder
 
 
 @pytest.mark.parametrize("stops", [(1,), (3, 4, 6)])
-def test_a_killed_recovery_goes_on_to_the_same_bytes(source, samples, crude, whole, tmp_path, saved_often, stops):
+def test_a_killed_recovery_goes_on_to_the_same_bytes(small, samples, crude, whole, tmp_path, saved_often, stops):
     state, said = tmp_path / "state", []
     for number, stop in enumerate(stops):
         with pytest.raises(Killed):
-            run("recover", crude, tmp_path / f"{number}", samples, source, state, killing(stop), **RECOVERY)
+            run("recover", crude, tmp_path / f"{number}", samples, small, state, killing(stop), **RECOVERY)
     out = tmp_path / "out"
-    run("recover", crude, out, samples, source, state, lambda text, _: said.append(text), **RECOVERY)
+    run("recover", crude, out, samples, small, state, lambda text, _: said.append(text), **RECOVERY)
     last = stops[-1] - 1
     assert (f"going on after step {last} of 6" in said) == (last > 0)
     assert not any(text.startswith(f"step {last} ") for text in said), "no step is done twice"
@@ -337,27 +337,27 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(source, samples, crude, who
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
 
-def distilled(source: Path, crude: Path, samples: Path, state: Path, say: Say = say_nothing) -> list[dict]:
+def distilled(small: Path, crude: Path, samples: Path, state: Path, say: Say = say_nothing) -> list[dict]:
     """The exams of a recovery alone, which are all that the next tests look at."""
     from sdcompile.passes import pruning, recover
     from sdcompile.samples import Samples
 
     job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
-    student, teacher = (pruning.open_subject(folder, job) for folder in (crude, source))
+    student, teacher = (pruning.open_subject(folder, job) for folder in (crude, small))
     pairs = pruning.pairs_of(Samples(samples, "unet", held_out=False), job)
     return recover.distil(student, teacher, pairs, recover.Params.model_validate(RECOVERY), "recover", say, state)
 
 
 @pytest.fixture
-def killed(source, samples, crude, tmp_path, saved_often) -> Path:
+def killed(small, samples, crude, tmp_path, saved_often) -> Path:
     """What a recovery leaves that is killed in its fourth step."""
     with pytest.raises(Killed):
-        distilled(source, crude, samples, tmp_path / "state", killing(4))
+        distilled(small, crude, samples, tmp_path / "state", killing(4))
     return tmp_path / "state"
 
 
 @pytest.mark.parametrize("part", ["weight/", "average/", "exp_avg/", "exp_avg_sq/", "random"])
-def test_every_part_of_the_saved_state_counts(source, samples, crude, whole, killed, part):
+def test_every_part_of_the_saved_state_counts(small, samples, crude, whole, killed, part):
     """The sibling: with any part of the state altered it comes out different."""
     import torch
 
@@ -368,18 +368,18 @@ def test_every_part_of_the_saved_state_counts(source, samples, crude, whole, kil
         if name.startswith(part):
             tensors[name] = torch.Generator().manual_seed(5).get_state() if name == "random" else tensor * 1.5
     resuming.save(killed, tensors, told)
-    found = distilled(source, crude, samples, killed)
+    found = distilled(small, crude, samples, killed)
     wanted = (read_effect(whole) or {})["steps"]
     assert found[:4] == wanted[:4]
     assert found[4:] != wanted[4:]
 
 
 @pytest.mark.parametrize("bytes_left", [0, 1000])
-def test_a_state_that_cannot_be_read_is_as_none(source, samples, crude, whole, killed, bytes_left):
+def test_a_state_that_cannot_be_read_is_as_none(small, samples, crude, whole, killed, bytes_left):
     """Cut short by a power cut, say: the recovery starts anew, and comes out the same."""
     (file,) = killed.iterdir()
     file.write_bytes(file.read_bytes()[:bytes_left])
-    assert distilled(source, crude, samples, killed) == (read_effect(whole) or {})["steps"]
+    assert distilled(small, crude, samples, killed) == (read_effect(whole) or {})["steps"]
 
 
 def test_saving_takes_a_twentieth_of_the_time_at_most():
@@ -391,10 +391,10 @@ def test_saving_takes_a_twentieth_of_the_time_at_most():
     assert _is_due(200, 10)
 
 
-def test_recovery_that_brings_nothing_keeps_the_weights(source, samples, tmp_path):
-    run("heads", source, tmp_path / "pruned", samples, ratio=0.25, uniform=True)
+def test_recovery_that_brings_nothing_keeps_the_weights(small, samples, tmp_path):
+    run("heads", small, tmp_path / "pruned", samples, ratio=0.25, uniform=True)
     found = run(
-        "recover", tmp_path / "pruned", tmp_path / "out", samples, teacher=source, steps=20, rows=2,
+        "recover", tmp_path / "pruned", tmp_path / "out", samples, teacher=small, steps=20, rows=2,
         learning_rate=0.5, patience=2, ema=0,
     )  # fmt: skip
     before, after = tensors(tmp_path / "pruned"), tensors(tmp_path / "out")
@@ -402,32 +402,32 @@ def test_recovery_that_brings_nothing_keeps_the_weights(source, samples, tmp_pat
     assert [row["step"] for row in found["steps"]] == [0, 2, 4], "stopped by patience"
 
 
-def test_where_nothing_was_lost_nothing_is_trained(source, samples, tmp_path):
-    found = run("recover", source, tmp_path / "out", samples, teacher=source)
+def test_where_nothing_was_lost_nothing_is_trained(small, samples, tmp_path):
+    found = run("recover", small, tmp_path / "out", samples, teacher=small)
     (exam,) = found["steps"]
     assert exam["step"] == 0
     assert exam["snr_db"] > 100
-    before, after = tensors(source), tensors(tmp_path / "out")
+    before, after = tensors(small), tensors(tmp_path / "out")
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
-def test_recovery_can_train_some_weights_only(source, samples, tmp_path):
-    run("heads", source, tmp_path / "pruned", samples, ratio=0.5, uniform=True, compensate=False)
-    run("recover", tmp_path / "pruned", tmp_path / "a", samples, teacher=source, steps=10, rows=8, layers=["*to_out*"])
+def test_recovery_can_train_some_weights_only(small, samples, tmp_path):
+    run("heads", small, tmp_path / "pruned", samples, ratio=0.5, uniform=True, compensate=False)
+    run("recover", tmp_path / "pruned", tmp_path / "a", samples, teacher=small, steps=10, rows=8, layers=["*to_out*"])
     before, after = tensors(tmp_path / "pruned"), tensors(tmp_path / "a")
     changed = {key for key in before if not np.array_equal(before[key], after[key])}
     assert changed
     assert all("to_out" in key for key in changed)
     with pytest.raises(RecipeError, match=r"'\*nothing\*' matches no weight"):
-        run("recover", tmp_path / "pruned", tmp_path / "b", samples, teacher=source, layers=["*nothing*"])
+        run("recover", tmp_path / "pruned", tmp_path / "b", samples, teacher=small, layers=["*nothing*"])
 
 
 # --- what is refused ---
 
 
-def test_patterns_that_match_nothing_are_refused(source, samples, tmp_path):
+def test_patterns_that_match_nothing_are_refused(small, samples, tmp_path):
     with pytest.raises(RecipeError, match=r"^heads\.layers: '\*attn9' matches no layer"):
-        run("heads", source, tmp_path / "a", samples, layers=["*attn1", "*attn9"])
+        run("heads", small, tmp_path / "a", samples, layers=["*attn1", "*attn9"])
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
@@ -442,9 +442,9 @@ def test_merging_without_least_squares_is_refused():
         PASSES["heads"].params.model_validate({"merge": True, "compensate": False})
 
 
-def test_groups_that_cannot_be_kept_legal_are_refused(source, samples, tmp_path):
+def test_groups_that_cannot_be_kept_legal_are_refused(small, samples, tmp_path):
     with pytest.raises(StageError, match="smallest legal step of every layer is larger"):
-        run("channels", source, tmp_path / "a", samples, ratio=0.3, round_to=64, parts=["resnets"])
+        run("channels", small, tmp_path / "a", samples, ratio=0.3, round_to=64, parts=["resnets"])
 
 
 def test_a_component_without_heads_is_refused(samples, tmp_path):
@@ -460,7 +460,7 @@ def test_a_component_without_heads_is_refused(samples, tmp_path):
         record.run({"checkpoint": tmp_path / "vae", "samples": samples}, tmp_path, job)
 
 
-def test_nan_in_the_samples_stops(source, samples, tmp_path):
+def test_nan_in_the_samples_stops(small, samples, tmp_path):
     import shutil
 
     from safetensors.numpy import load_file, save_file
@@ -471,4 +471,4 @@ def test_nan_in_the_samples_stops(source, samples, tmp_path):
     arrays["in.sample"][0, 0, 0, 0] = np.nan
     save_file(arrays, path)
     with pytest.raises(StageError, match="NaN"):
-        run("heads", source, tmp_path / "out", tmp_path / "samples")
+        run("heads", small, tmp_path / "out", tmp_path / "samples")

@@ -41,14 +41,14 @@ def answer(folder: Path, *given):
 
 @pytest.mark.tiny
 @pytest.mark.parametrize("name", levels.SIMPLIFIERS)
-def test_a_pass_keeps_the_weights_and_says_the_rest(source, samples, tmp_path, name):
-    effect = run(name, source, tmp_path / "out", samples, **EVERY[name])
-    old, new = (next(folder.glob("*.safetensors")) for folder in (source, tmp_path / "out"))
+def test_a_pass_keeps_the_weights_and_says_the_rest(small, samples, tmp_path, name):
+    effect = run(name, small, tmp_path / "out", samples, **EVERY[name])
+    old, new = (next(folder.glob("*.safetensors")) for folder in (small, tmp_path / "out"))
     assert old.read_bytes() == new.read_bytes()
     made = edits.read(tmp_path / "out")
     assert made == effect["edits"]
     assert {edit["op"] for edit in made} == {name}
-    (before, after), same = effect["parameters"], np.allclose(answer(source), answer(tmp_path / "out"), atol=1e-5)
+    (before, after), same = effect["parameters"], np.allclose(answer(small), answer(tmp_path / "out"), atol=1e-5)
     assert before == after
     assert same == PASSES[name].exact
     assert bool(effect["snr_db"]) != PASSES[name].exact
@@ -72,14 +72,14 @@ def test_a_pass_keeps_the_weights_and_says_the_rest(source, samples, tmp_path, n
         ("sliced_attention", {"slices": {"0": 1}}),
     ],
 )
-def test_parameters_that_ask_for_nothing_change_nothing(source, samples, tmp_path, name, params):
-    run(name, source, tmp_path / "out", samples, **params)
-    assert np.array_equal(answer(source), answer(tmp_path / "out"))
+def test_parameters_that_ask_for_nothing_change_nothing(small, samples, tmp_path, name, params):
+    run(name, small, tmp_path / "out", samples, **params)
+    assert np.array_equal(answer(small), answer(tmp_path / "out"))
 
 
 @pytest.mark.tiny
-def test_levels_are_resolutions(source):
-    places = dict.fromkeys(levels.blocks_of(opened(source).unet))
+def test_levels_are_resolutions(small):
+    places = dict.fromkeys(levels.blocks_of(opened(small).unet))
     assert [(level, module.partition(".attentions")[0]) for level, module in places] == [
         ("0", "down_blocks.0"), ("0", "up_blocks.1"), ("0", "up_blocks.1"), ("1", "mid_block"),
     ]  # fmt: skip
@@ -89,12 +89,12 @@ def test_levels_are_resolutions(source):
 
 
 @pytest.mark.tiny
-def test_they_follow_pruning_and_come_before_recovery(source, samples, tmp_path):
-    run("heads", source, tmp_path / "a", samples, ratio=0.25, uniform=True)
+def test_they_follow_pruning_and_come_before_recovery(small, samples, tmp_path):
+    run("heads", small, tmp_path / "a", samples, ratio=0.25, uniform=True)
     run("token_merge", tmp_path / "a", tmp_path / "b", samples, ratio={"1": 0.25}, parts=["ff"])
     lost = run("linear_attention", tmp_path / "b", tmp_path / "c", samples, levels=[0, 1])
     found = run(
-        "recover", tmp_path / "c", tmp_path / "d", samples, teacher=source, steps=20, rows=16, learning_rate=5e-5
+        "recover", tmp_path / "c", tmp_path / "d", samples, teacher=small, steps=20, rows=16, learning_rate=5e-5
     )
     ops = [edit["op"] for edit in edits.read(tmp_path / "d")]
     assert ops == ["heads"] * 8 + ["token_merge"] + ["linear_attention"] * 4
@@ -103,8 +103,8 @@ def test_they_follow_pruning_and_come_before_recovery(source, samples, tmp_path)
 
 
 @pytest.mark.tiny
-def test_a_level_that_was_pruned_away_is_missed(source, samples, tmp_path):
-    run("blocks", source, tmp_path / "a", samples, remove=["mid_block"])
+def test_a_level_that_was_pruned_away_is_missed(small, samples, tmp_path):
+    run("blocks", small, tmp_path / "a", samples, remove=["mid_block"])
     with pytest.raises(StageError, match="kv_pool: no attention is left at level 1 of unet"):
         run("kv_pool", tmp_path / "a", tmp_path / "b", samples, pool={"1": 2})
 
@@ -113,7 +113,7 @@ def test_a_level_that_was_pruned_away_is_missed(source, samples, tmp_path):
 
 
 @pytest.mark.tiny
-def test_one_graph_of_open_sizes_computes_what_torch_does(source, tmp_path):
+def test_one_graph_of_open_sizes_computes_what_torch_does(small, tmp_path):
     """All five in one model, two backends, a size the graph was not traced at."""
     import onnxruntime
     import openvino
@@ -133,7 +133,7 @@ def test_one_graph_of_open_sizes_computes_what_torch_does(source, tmp_path):
         {"op": "sliced_attention", "module": f"{up.format(1)}.attn1", "slices": 4},
     ]
     (tmp_path / "edited").mkdir()
-    checkpoint.relabel(source, tmp_path / "edited", made)
+    checkpoint.relabel(small, tmp_path / "edited", made)
     params = {"family": "sd", "opset": 20, "attention": "sdpa", "multiples": FAMILY.facts(CONFIGS)["multiples"]}
     shapes = {**SHAPES, "R": Range(1, 2, 4), "h": Range(4, 8, 16), "w": Range(4, 8, 16)}
     job = Job("unet", params, spec=FAMILY.components(CONFIGS)["unet"], shapes=shapes)
@@ -144,7 +144,7 @@ def test_one_graph_of_open_sizes_computes_what_torch_does(source, tmp_path):
     compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for given in (feeds(), feeds(3, 12, 16)):
         told = {t.name: f.numpy() for t, f in zip(job.spec.inputs, given, strict=True)}  # type: ignore[union-attr]
-        wanted, other = answer(tmp_path / "edited", *given), answer(source, *given)
+        wanted, other = answer(tmp_path / "edited", *given), answer(small, *given)
         for got in (session.run(None, told)[0], compiled(told)[0]):
             assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
             assert np.abs(got - other).max() > 1e-3 * np.abs(other).max(), "the sibling: it is not the source"

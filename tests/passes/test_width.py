@@ -85,9 +85,9 @@ tiny = pytest.mark.tiny
 
 
 @pytest.fixture(scope="module")
-def narrow(source, samples, tmp_path_factory) -> Path:
+def narrow(small, samples, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("narrow") / "out"
-    run("width", source, folder, samples, ratio=0.5)
+    run("width", small, folder, samples, ratio=0.5)
     return folder
 
 
@@ -186,7 +186,7 @@ def test_a_coupled_layer_that_keeps_another_choice_does_not_fit():
 
 
 @tiny
-def test_diffusers_loads_what_is_left_and_computes_the_same(source, narrow):
+def test_diffusers_loads_what_is_left_and_computes_the_same(small, narrow):
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -206,14 +206,14 @@ def test_diffusers_loads_what_is_left_and_computes_the_same(source, narrow):
 
 
 @tiny
-def test_refitting_brings_the_output_nearer(source, samples, narrow, tmp_path):
-    plain = run("width", source, tmp_path / "out", samples, ratio=0.5, compensate=False)
+def test_refitting_brings_the_output_nearer(small, samples, narrow, tmp_path):
+    plain = run("width", small, tmp_path / "out", samples, ratio=0.5, compensate=False)
     assert mean_snr(json.loads((narrow / "effect.json").read_text())) > mean_snr(plain) + 1
 
 
 @tiny
-def test_the_same_inputs_give_the_same_bytes(source, samples, narrow, tmp_path):
-    run("width", source, tmp_path / "out", samples, ratio=0.5)
+def test_the_same_inputs_give_the_same_bytes(small, samples, narrow, tmp_path):
+    run("width", small, tmp_path / "out", samples, ratio=0.5)
     assert {path.name for path in narrow.iterdir()} == {
         "config.json", "diffusion_pytorch_model.safetensors", "effect.json",
     }  # fmt: skip
@@ -222,13 +222,11 @@ def test_the_same_inputs_give_the_same_bytes(source, samples, narrow, tmp_path):
 
 
 @tiny
-def test_a_ratio_of_zero_is_the_identity(source, samples, tmp_path):
-    effect = run("width", source, tmp_path / "out", samples, ratio=0)
+def test_a_ratio_of_zero_is_the_identity(small, samples, tmp_path):
+    effect = run("width", small, tmp_path / "out", samples, ratio=0)
     assert effect["parameters"][0] == effect["parameters"][1]
     assert effect["snr_db"] == dict.fromkeys(("early", "mid", "late"), 200.0)
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
-        (source / "config.json").read_text()
-    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((small / "config.json").read_text())
 
 
 # --- a model whose every channel is there twice ---
@@ -373,12 +371,12 @@ def test_a_fault_on_either_side_ends_both(twins, monkeypatch, side):
 
 
 @tiny
-def test_turning_the_dimensions_of_heads_changes_nothing(source, samples):
+def test_turning_the_dimensions_of_heads_changes_nothing(small, samples):
     import torch
 
     from sdcompile.passes import thinning
 
-    module, before = opened(source), answer(opened(source))
+    module, before = opened(small), answer(opened(small))
     torch.manual_seed(1)
     a, b, c = (torch.randn(64, 32).double() for _ in range(3))
     for attention in [m for m in module.unet.modules() if hasattr(m, "to_q")]:
@@ -408,11 +406,11 @@ def test_the_time_embedding_of_fewer_sinusoids_gives_nearly_what_it_gave():
 
 
 @tiny
-def test_heads_and_blocks_compose_with_it(source, samples, narrow, tmp_path):
+def test_heads_and_blocks_compose_with_it(small, samples, narrow, tmp_path):
     effect = run("heads", narrow, tmp_path / "heads", samples, ratio=0.25, uniform=True)
     assert all(edit["of"] == 4 for edit in effect["edits"])
     assert answer(opened(tmp_path / "heads")).isfinite().all()
-    run("blocks", source, tmp_path / "blocks", samples, count=1, mid_block=False)
+    run("blocks", small, tmp_path / "blocks", samples, count=1, mid_block=False)
     run("width", tmp_path / "blocks", tmp_path / "both", samples, ratio=0.5)
     assert edits.read(tmp_path / "both") == edits.read(tmp_path / "blocks") != []
     assert tuple(opened(tmp_path / "both").unet.config.block_out_channels) == (8, 16)
@@ -435,14 +433,14 @@ def test_step_caching_cuts_the_narrow_model(narrow):
 
 
 @tiny
-def test_fields_that_a_config_leaves_to_their_defaults_are_set_too(source, tmp_path):
+def test_fields_that_a_config_leaves_to_their_defaults_are_set_too(small, tmp_path):
     from sdcompile.passes import pruning, width
 
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((small / "config.json").read_text())
     del config["time_embedding_dim"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = "diffusion_pytorch_model.safetensors"
-    (tmp_path / weights).symlink_to(source / weights)
+    (tmp_path / weights).symlink_to(small / weights)
     module = opened(tmp_path)
     thin = width._empty(pruning.Subject(module, module.unet, []), widths.narrowed(module.unet.config, 0.5, 8))
     assert thin.time_embedding.linear_2.weight.shape == (64, 64)
