@@ -17,7 +17,7 @@ from sdcompile.passes.importance import Importance
 from sdcompile.samples import Samples
 from sdcompile.spec import Job
 
-REVISION = 1
+REVISION = 2
 
 
 class Params(BaseModel):

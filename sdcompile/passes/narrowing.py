@@ -64,7 +64,8 @@ class Request:
 class Study:
     """What is known of one site: its matrix and moments, its removal curve, its work, its sensitivity.
 
-    cost          multiply-accumulates of one unit over the recorded calls
+    products      multiply-accumulates of an attention head's two products over the recorded calls
+    cost          all multiply-accumulates of one unit over them
     sensitivity   relative squared error of the model's output per relative squared error of the reader's
     """
 
@@ -73,6 +74,7 @@ class Study:
     moments: Moments
     positions: dict[str, int] = field(default_factory=dict)
     removal: Removal | None = None
+    products: float = 0.0
     cost: float = 0.0
     sensitivity: float = 1.0
 
@@ -81,6 +83,7 @@ class Study:
 class Row:
     """What became of one site.
 
+    work          share of all sites' multiply-accumulates that left with its units
     error         relative squared error of the reader's output on the recorded inputs
     sensitivity   see `Study`
     edit          None where nothing was removed
@@ -88,6 +91,7 @@ class Row:
 
     site: Site
     removed: int
+    work: float = 0.0
     error: float = 0.0
     sensitivity: float = 1.0
     edit: dict[str, Any] | None = None
@@ -116,17 +120,18 @@ def narrow(
             "ask for a larger ratio, or a smaller `round_to`",
         )
     rows = []
+    whole = _work(studies)
     for study in studies:
         count = counts[study.site.module]
         assert study.removal is not None
         if not count:
-            rows.append(Row(study.site, 0, 0.0, study.sensitivity))
+            rows.append(Row(study.site, 0, sensitivity=study.sensitivity))
             continue
         keep = study.removal.kept(count, study.layer.units)
         edit = study.site.edit(keep)
         weight, bias = compensation.solved(study.layer, study.moments, keep, _ridge(request))
         error = compensation.relative_error(study.layer, study.moments, weight, bias)
-        rows.append(Row(study.site, count, error, study.sensitivity, edit))
+        rows.append(Row(study.site, count, count * study.cost / whole, error, study.sensitivity, edit))
         sites.assign(model, study.site, weight, bias)
         edits.replay(model, [edit])
     return rows
@@ -141,7 +146,7 @@ def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
             "module": row.site.module, "op": row.site.op, "units": row.site.units, "removed": row.removed,
-            "relative_error": row.error, "sensitivity": row.sensitivity,
+            "work": row.work, "relative_error": row.error, "sensitivity": row.sensitivity,
         }
         for row in rows
     ]  # fmt: skip
@@ -159,10 +164,14 @@ def observe(run: Run, model: nn.Module, places: Sequence[Site], calls: Calls, sa
         handles.append(reader.register_forward_pre_hook(_adder(study)))
         for name in (site.reader, *site.writers):
             handles.append(model.get_submodule(name).register_forward_hook(_counter(study, name)))
+        if site.op == "heads":
+            for name, hook in zip(site.writers, _product_counters(study), strict=False):
+                handles.append(model.get_submodule(name).register_forward_hook(hook))
     play(run, calls, handles, say)
     for study in studies:
         weights = {name: cast("Any", model.get_submodule(name)).weight.numel() for name in study.positions}
-        study.cost = sum(weights[name] * count / study.layer.units for name, count in study.positions.items())
+        layers = sum(weights[name] * count / study.layer.units for name, count in study.positions.items())
+        study.cost = layers + study.products
     return studies
 
 
@@ -195,6 +204,21 @@ def _counter(study: Study, name: str) -> Callable[..., None]:
     return count
 
 
+def _product_counters(study: Study) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks of to_q and of to_k, which runs after it: a head multiplies its width by queries x keys of every row of
+    the batch, once for the scores and once for the sums of values."""
+    queries = 0
+
+    def of_queries(layer: Any, arguments: Any, output: Tensor) -> None:
+        nonlocal queries
+        queries = output.shape[0] * output.shape[1]
+
+    def of_keys(layer: Any, arguments: Any, output: Tensor) -> None:
+        study.products += 2.0 * queries * output.shape[1] * study.site.width
+
+    return of_queries, of_keys
+
+
 def _ridge(request: Request) -> float | None:
     return request.ridge if request.compensate else None
 
@@ -215,6 +239,11 @@ def _scores(
 
 
 # --- how many ---
+
+
+def _work(studies: Sequence[Study]) -> float:
+    """Multiply-accumulates of all sites over the recorded calls."""
+    return sum(study.cost * study.site.units for study in studies)
 
 
 def _legal(study: Study, request: Request) -> list[int]:
@@ -239,7 +268,13 @@ def _budgeted(
     work is taken, until none fits the budget; a step may jump over counts that would only cost more.
     """
     measure_sensitivity(run, model, studies, calls, request, say)
-    budget = request.ratio * sum(study.cost * study.site.units for study in studies)
+    whole = _work(studies)
+    budget, most = request.ratio * whole, sum(max(_legal(study, request)) * study.cost for study in studies)
+    if budget > most * (1 + 1e-9):
+        raise StageError(
+            f"a ratio of {request.ratio:g} cannot be reached: the layers may lose {most / whole:.3g} of their work",
+            "ask for less, or for a larger `max_ratio`, a smaller `round_to` or more `layers`",
+        )
     counts = {study.site.module: 0 for study in studies}
     spent = 0.0
     while True:

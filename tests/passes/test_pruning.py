@@ -84,6 +84,24 @@ def test_the_budget_is_spent_where_it_costs_least(small, samples, tmp_path):
     assert mean_snr(chosen) > mean_snr(equal) - 1
 
 
+def test_the_work_of_a_head_counts_its_products(small, samples, tmp_path):
+    layers = ["down_blocks.0.attentions.0*attn1", "mid_block*attn2"]
+    options = {"ratio": 0.25, "uniform": True, "compensate": False}
+    alone = [run("heads", small, tmp_path / str(n), samples, layers=[one], **options) for n, one in enumerate(layers)]
+    both = run("heads", small, tmp_path / "both", samples, layers=layers, **options)["layers"]
+    lost = [effect["macs"][0] - effect["macs"][1] for effect in alone]
+    assert both[0]["work"] / both[1]["work"] == pytest.approx(lost[0] / lost[1], rel=1e-6)
+    assert sum(row["work"] for row in both) == pytest.approx(0.25)
+
+
+def test_a_ratio_that_the_layers_cannot_reach_is_refused(small, samples, tmp_path):
+    options = {"layers": ["mid_block*"], "max_ratio": 0.45}
+    with pytest.raises(StageError, match=r"a ratio of 0\.4 cannot be reached: the layers may lose 0\.25 of their work"):
+        run("heads", small, tmp_path / "out", samples, ratio=0.4, **options)
+    effect = run("heads", small, tmp_path / "less", samples, ratio=0.25, **options)
+    assert sum(row["work"] for row in effect["layers"]) == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("importance", ["reconstruction", "taylor", "l1", "l2"])
 def test_every_importance_chooses_heads(small, samples, tmp_path, importance):
     options = {"ratio": 0.25, "uniform": True, "importance": importance, "layers": ["mid_block*"]}
