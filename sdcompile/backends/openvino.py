@@ -344,4 +344,5 @@ BACKEND = Backend(
     open=open_engine,
     packages=("openvino",),
     host_bound=True,
+    revision=2,
 )

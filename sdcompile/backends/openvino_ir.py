@@ -1,4 +1,4 @@
-"""An ONNX graph as OpenVINO IR on disk, with weights stored as narrow as they may be."""
+"""An ONNX graph as OpenVINO IR on disk: weights as narrow as they may be, quantized activations in OpenVINO's form."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def convert(core: ov.Core, source: Path, out: Path, precision: str, weights: str
         model = core.read_model(source)
     except RuntimeError as error:
         raise StageError(f"OpenVINO refuses {source.name}: {reason(error)}") from error
+    fuse_quantization(model)
     with mapped.pages_released(source.parent):
         if weights == "auto":
             weights = "fp32" if precision == "fp32" or not fits_fp16(model) else "fp16"
@@ -40,6 +41,43 @@ def convert(core: ov.Core, source: Path, out: Path, precision: str, weights: str
     del model
     mapped.trim()
     return weights
+
+
+def fuse_quantization(model: ov.Model) -> int:
+    """Turn the QuantizeLinear and DequantizeLinear pairs of activations into one FakeQuantize each; how many.
+
+    A pair comes out of ONNX as FakeQuantize to integers, Convert there and back, Subtract of the zero point, Multiply
+    by the scale. OpenVINO (2026.4) reads it as it stands, and has no convolution for int8 with a zero point where a
+    CPU has AMX: fp32 ones run instead. A FakeQuantize from floats to floats, which is what its own quantizer writes,
+    says the same and leaves it to choose unsigned integers.
+    """
+    opset = import_openvino().opset13
+    count = 0
+    for quantize in [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]:
+        scaled = [node for integer in _readers(quantize, "Convert") for node in _dequantized(integer)]
+        if not scaled:
+            continue
+        data, low, high = (quantize.input_value(k) for k in range(3))
+        fused = opset.fake_quantize(data, low, high, low, high, quantize.get_attributes()["levels"])
+        fused.set_friendly_name(quantize.get_friendly_name())
+        for node in scaled:
+            node.output(0).replace(fused.output(0))
+        count += 1
+    if count:
+        model.validate_nodes_and_infer_types()
+    return count
+
+
+def _dequantized(integer: ov.Node) -> list[ov.Node]:
+    """The last node of every DequantizeLinear that reads `integer`, with a zero point or without."""
+    floats = _readers(integer, "Convert")
+    shifted = [node for f in floats for node in _readers(f, "Subtract")]
+    return [node for f in (*floats, *shifted) for node in _readers(f, "Multiply")]
+
+
+def _readers(node: ov.Node, kind: str) -> list[ov.Node]:
+    readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+    return [reader for reader in readers if reader.get_type_name() == kind]
 
 
 def reason(error: Exception) -> str:
