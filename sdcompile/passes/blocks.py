@@ -21,7 +21,7 @@ from sdcompile.passes.base import Pass, always, by_modules
 from sdcompile.samples import Samples
 from sdcompile.spec import Job, Say
 
-REVISION = 1
+REVISION = 2
 
 MID = "mid_block"
 

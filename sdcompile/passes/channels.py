@@ -19,7 +19,7 @@ from sdcompile.passes.importance import Importance
 from sdcompile.samples import Samples
 from sdcompile.spec import Job
 
-REVISION = 1
+REVISION = 2
 
 _FIND = {"resnets": sites.channels_of, "feed_forward": sites.feed_forwards_of}
 _OPS = {"resnets": "channels", "feed_forward": "feed_forward"}

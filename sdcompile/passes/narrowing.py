@@ -8,6 +8,7 @@ cost in work buys the least error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ RIDGE = 1e-3
 
 PROBES = 4
 """Calls that each site's sensitivity is measured on."""
+
+PROBED = 4096
+"""Latent positions of each of them: 16 rows of 16 x 16, one of 64 x 64. The whole model runs on them once a site."""
 
 
 @dataclass(frozen=True)
@@ -311,8 +315,10 @@ def measure_sensitivity(
 
 
 def probes_of(calls: Calls) -> Calls:
-    """A few of the calls, spread over them."""
-    return calls[:: max(1, len(calls) // PROBES)][:PROBES]
+    """Some rows of a few of the calls, spread over them."""
+    some = calls[:: max(1, len(calls) // PROBES)][:PROBES]
+    rows = [max(1, PROBED // math.prod(call[0].shape[2:])) for call in some]
+    return [tuple(part[:count] for part in call) for call, count in zip(some, rows, strict=True)]
 
 
 def outputs(run: Run, calls: Calls) -> list[Tensor]:

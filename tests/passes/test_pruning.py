@@ -11,7 +11,7 @@ import pytest
 
 from sdcompile import edits
 from sdcompile.errors import RecipeError, StageError
-from sdcompile.passes import PASSES
+from sdcompile.passes import PASSES, narrowing, pruning, sites
 from sdcompile.passes.base import read_effect
 from sdcompile.spec import Job, Say, say_nothing
 from tests.passes.small_unet import CONFIGS, FAMILY, SHAPES, VAE, opened, run
@@ -102,6 +102,16 @@ def test_a_ratio_that_the_layers_cannot_reach_is_refused(small, samples, tmp_pat
     assert sum(row["work"] for row in effect["layers"]) == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize(("rows", "side", "left"), [(64, 16, 16), (4, 64, 1), (3, 128, 1), (2, 8, 2)])
+def test_sensitivity_is_measured_on_few_rows_of_calls_spread_over_all(rows, side, left):
+    import torch
+
+    calls = [(torch.full((rows, 1, side, side), float(n)), torch.full((rows,), float(n))) for n in range(12)]
+    probes = narrowing.probes_of(calls)
+    assert [len(part) for call in probes for part in call] == [left] * 8
+    assert [float(part.flatten()[0]) for call in probes for part in call] == [0, 0, 3, 3, 6, 6, 9, 9]
+
+
 @pytest.mark.parametrize("importance", ["reconstruction", "taylor", "l1", "l2"])
 def test_every_importance_chooses_heads(small, samples, tmp_path, importance):
     options = {"ratio": 0.25, "uniform": True, "importance": importance, "layers": ["mid_block*"]}
@@ -159,7 +169,6 @@ def test_channels_keep_whole_groups(small, samples, tmp_path):
 
 def test_wide_convolutions_are_fitted_channel_by_channel(small, samples, tmp_path, monkeypatch):
     """Beyond a size the moments are those of channels, not of unfolded inputs: coarser, still better than nothing."""
-    from sdcompile.passes import sites
 
     options = {"ratio": 0.5, "uniform": True, "round_to": 1, "importance": "l2", "parts": ["resnets"]}
     unfolded = run("channels", small, tmp_path / "a", samples, **options)
@@ -171,8 +180,6 @@ def test_wide_convolutions_are_fitted_channel_by_channel(small, samples, tmp_pat
 
 def test_writing_a_matrix_back_changes_nothing(small, monkeypatch):
     import torch
-
-    from sdcompile.passes import sites
 
     for limit in (10_000, 100):
         monkeypatch.setattr(sites, "UNFOLDED", limit)
@@ -230,8 +237,6 @@ def test_a_pruned_unet_exports_smaller_and_computes_what_torch_does(small, sampl
 def test_the_work_is_counted_with_attention(small, samples, tmp_path):
     """Linear layers and convolutions by hand; attention adds 2 x tokens x tokens x width per layer."""
     import torch
-
-    from sdcompile.passes import pruning
 
     job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
     subject = pruning.open_subject(small, job)
@@ -357,7 +362,7 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(small, samples, crude, whol
 
 def distilled(small: Path, crude: Path, samples: Path, state: Path, say: Say = say_nothing) -> list[dict]:
     """The exams of a recovery alone, which are all that the next tests look at."""
-    from sdcompile.passes import pruning, recover
+    from sdcompile.passes import recover
     from sdcompile.samples import Samples
 
     job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
