@@ -95,6 +95,15 @@ def test_there_is_a_calibration_only_when_a_pass_wants_samples(plan):
     assert len(step.job.params["prompts"]) == 32
 
 
+def test_a_calibration_has_prompts_for_every_row_and_says_what_it_writes(plan):
+    one = plan(PRUNED + "calibrate: {images: 4, max_samples: 10}", "components.unet.prune.shorten.taylor=true")
+    step = one["pipeline.calibrate.calibrate"]
+    # Latents and answer, one timestep and one prompt of 77 tokens a row; two rows, for guidance.
+    assert step.disk_bytes == 10 * 2 * 4 * (2 * 4 * 64 * 64 + 1 + 77 * 768)
+    more = plan(PRUNED.replace("batch: 1", "batch: 3") + "calibrate: {images: 4}", "components.unet.prune.heal={}")
+    assert len(set(more["pipeline.calibrate.calibrate"].job.params["prompts"])) == 12
+
+
 def test_verification_compares_with_the_source_whatever_was_pruned(plan):
     before, after = plan(BASE), plan(PRUNED)
     assert before["pipeline.verify.record"].key == after["pipeline.verify.record"].key

@@ -90,7 +90,7 @@ def resolve(
     reference = {**checkpoints, **shared}
     calibrating = [name for name in some if any(choices[name].calibrates for choices in chosen.values())]
     calibrated = list(dict.fromkeys(map(family.plain, calibrating)))
-    samples = calibration(draft, recipe, some, calibrated, shapes, reference, faults)
+    samples = calibration(draft, recipe, some, calibrated, specs, shapes, reference, faults)
     _refuse(recipe, faults)
 
     ways: dict[str, Way] = {}
