@@ -28,7 +28,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdcompile.errors import StageError
 
@@ -39,6 +39,7 @@ FILE = "edits.json"
 FORMAT = 1
 
 Edit = Mapping[str, Any]
+V = TypeVar("V")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -255,7 +256,34 @@ def _replace(layer: nn.Module, name: str, values: Tensor) -> None:
     setattr(layer, name, nn.Parameter(values.detach().clone(), requires_grad=old.requires_grad))
 
 
-# --- what an ordinary config can say ---
+# --- what can be said without a model ---
+
+
+def renamed(modules: Mapping[str, V], edits: Iterable[Edit]) -> dict[str, V]:
+    """Those of a UNet's `modules`, by path, that are left after `edits`, by the paths that they then have."""
+    left = dict(modules)
+    for edit in edits:
+        if edit["op"] == "remove_mid_block":
+            left = {path: value for path, value in left.items() if not path.startswith("mid_block.")}
+        elif edit["op"] == "remove_pair":
+            gone = {edit[side]: edit[f"{side}_index"] for side in ("down", "up")}
+            moved = ((_after_removal(path, gone), value) for path, value in left.items())
+            left = {path: value for path, value in moved if path}
+    return left
+
+
+def _after_removal(path: str, gone: Mapping[str, int]) -> str:
+    """`path` where a block has lost its layer of the index in `gone`; "" for what is in that layer."""
+    side, _, rest = path.partition(".")
+    number, _, rest = rest.partition(".")
+    index = gone.get(f"{side}.{number}")
+    part, _, rest = rest.partition(".")
+    if index is None or part not in ("resnets", "attentions"):
+        return path
+    place, _, rest = rest.partition(".")
+    if int(place) == index:
+        return ""
+    return f"{side}.{number}.{part}.{int(place) - (int(place) > index)}.{rest}"
 
 
 def in_config(config: Mapping[str, Any], edits: Sequence[Edit]) -> tuple[dict[str, Any], str]:

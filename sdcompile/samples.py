@@ -68,6 +68,11 @@ class Samples:
     def __iter__(self) -> Iterator[Sample]:
         return (self[name] for name in self.rows)
 
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shape of every array of a sample ("in.sample", ...), without reading the arrays."""
+        with safe_open(self._folder / f"{name}.safetensors", framework="np") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+
     def __getitem__(self, name: str) -> Sample:
         """Raises StageError where a value is NaN or infinite: nothing may be fitted to that."""
         arrays = load_file(self._folder / f"{name}.safetensors")

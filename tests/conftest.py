@@ -47,6 +47,7 @@ class FakeSource:
     notes: tuple[str, ...] = ()
     weights: str = "w"
     parts: dict[str, Any] = field(default_factory=dict)
+    edits: dict[str, Any] = field(default_factory=dict)
 
     def kind_of(self, folder: str) -> str:
         return self.parts[folder].kind if folder in self.parts else self.kind

@@ -95,6 +95,15 @@ def test_there_is_a_calibration_only_when_a_pass_wants_samples(plan):
     assert len(step.job.params["prompts"]) == 32
 
 
+def test_a_calibration_has_prompts_for_every_row_and_says_what_it_writes(plan):
+    one = plan(PRUNED + "calibrate: {images: 4, max_samples: 10}", "components.unet.prune.shorten.taylor=true")
+    step = one["pipeline.calibrate.calibrate"]
+    # Latents and answer, one timestep and one prompt of 77 tokens a row; two rows, for guidance.
+    assert step.disk_bytes == 10 * 2 * 4 * (2 * 4 * 64 * 64 + 1 + 77 * 768)
+    more = plan(PRUNED.replace("batch: 1", "batch: 3") + "calibrate: {images: 4}", "components.unet.prune.heal={}")
+    assert len(set(more["pipeline.calibrate.calibrate"].job.params["prompts"])) == 12
+
+
 def test_verification_compares_with_the_source_whatever_was_pruned(plan):
     before, after = plan(BASE), plan(PRUNED)
     assert before["pipeline.verify.record"].key == after["pipeline.verify.record"].key
@@ -104,6 +113,48 @@ def test_verification_compares_with_the_source_whatever_was_pruned(plan):
     assert after["pipeline.verify.images"].job.params["min_psnr_db"] == 0
     own = plan(PRUNED, "verify.unet.min_snr_db=12")["unet.verify.engine"].job.params["floor"]
     assert own["min_snr_db"] == 12
+
+
+def memory_gib(plan, prune: str) -> float:
+    step = next(
+        s for s in reversed(list(plan(BASE + f"components: {{unet: {{prune: {prune}}}}}"))) if s.stage == "prune"
+    )
+    return step.memory_bytes / 2**30
+
+
+def test_the_memory_of_gradients_follows_from_rows_and_is_bounded(plan):
+    one, usual, many = (memory_gib(plan, f"{{recover: {{rows: {rows}}}}}") for rows in (1, 32, 1024))
+    assert usual == many == pytest.approx(one + 1.83, abs=0.05)
+    weights = memory_gib(plan, "{heads: {importance: l1}}")
+    assert memory_gib(plan, "{heads: {importance: taylor}}") - weights == pytest.approx(1.83, abs=0.05)
+    assert memory_gib(plan, "{channels: {importance: taylor}}") - memory_gib(plan, "{channels: {}}") > 1.8
+
+
+def test_what_a_pruned_source_has_lost_is_refused_where_a_recipe_asks_for_it(plan, source):
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    plain = BASE + "components: {unet: {prune: {heads: {layers: ['mid_block*']}}}}"
+    wide = BASE + "components: {unet: {prune: {width: {ratio: 0.1}}}}"
+    source.configs["unet"].update(
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), layers_per_block=2,
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, block_out_channels=(320, 640, 1280, 1280),
+    )  # fmt: skip
+    for text in (plain, wide):
+        plan(text)
+    source.edits["unet"] = [{"op": "heads", "module": attention, "of": 8, "keep": [0]}]
+    (line,) = faults(plan, wide)
+    assert "unet.prune.width.ratio: the source has lost heads already" in line
+    plan(plain)
+    pair = {"op": "remove_pair", "down": "down_blocks.0", "down_index": 0, "up": "up_blocks.3", "up_index": 1}
+    source.edits["unet"] = [{"op": "remove_mid_block"}, pair]
+    plan(wide)
+    (line,) = faults(plan, plain)
+    assert "unet.prune.heads.layers: 'mid_block*' matches no layer" in line
+    (line,) = faults(plan, BASE + "components: {unet: {prune: {heads: {layers: [down_blocks.0.attentions.1*]}}}}")
+    assert "'down_blocks.0.attentions.1*' matches no layer" in line
+    plan(
+        BASE
+        + "components: {unet: {prune: {heads: {layers: [down_blocks.0.attentions.0*, up_blocks.3.attentions.1*]}}}}"
+    )
 
 
 def test_stages_of_passes_are_targets(plan):

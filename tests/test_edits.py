@@ -180,3 +180,13 @@ def test_a_file_that_is_no_list_of_edits_is_refused(tmp_path, text, words):
     (tmp_path / edits.FILE).write_text(text)
     with pytest.raises(StageError, match=words):
         edits.read(tmp_path)
+
+
+@pytest.mark.parametrize("made", [[PAIR], [MID], [{**PAIR, "down_index": 0, "up_index": 2}, MID, HEADS]], ids=str)
+def test_names_of_what_is_left_are_known_without_a_model(made):
+    model = unet()
+    names = {name: type(module).__name__ for name, module in model.named_modules() if list(module.parameters(False))}
+    edits.replay(model, [edit for edit in made if edit is not HEADS])
+    left = {name: type(module).__name__ for name, module in model.named_modules() if list(module.parameters(False))}
+    assert len(left) < len(names)
+    assert edits.renamed(names, made) == left

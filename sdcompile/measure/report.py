@@ -201,17 +201,22 @@ def _verification(verify: Data) -> Iterator[str]:
 
 
 def _compression(folder: Path, manifest: bundle.Manifest) -> Iterator[str]:
-    """Effects of passes, and what int8 costs in each group of layers where that was measured."""
+    """Effects of passes, races of int8, and what it costs in each group of layers where that was measured."""
     rows = tuple(
-        (name, effect["pass"],
-         *(f"{after:,} of {before:,}" for before, after in (effect["parameters"], effect["bytes"])),
+        (name, effect["pass"], *(_of(effect.get(key)) for key in ("parameters", "bytes", "macs")),
          ", ".join(f"{region} {level:.1f}" for region, level in effect["snr_db"].items()) or "-")
         for name, entry in manifest.components.items()
         for effect in entry.effects
     )  # fmt: skip
     if rows:
-        columns = ("component", "pass", "parameters", "bytes", "SNR dB by timestep region")
+        columns = ("component", "pass", "parameters", "bytes", "multiply-accumulates", "SNR dB by timestep region")
         yield html.table(Table("", columns, rows))
+    for name, entry in manifest.components.items():
+        if race := entry.race:
+            yield html.paragraph(
+                f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} by processor "
+                f"time of a call (accept_if wants {race['wanted']:g})."
+            )
     for path in sorted((folder / manifest.reports).glob("*-sensitivity.json")):
         told = _json(path)
         worst = sorted((min(group["snr_db"].values()), group["name"]) for group in told["groups"])[:_GROUPS]
@@ -222,6 +227,11 @@ def _compression(folder: Path, manifest: bundle.Manifest) -> Iterator[str]:
             f"{path.name.partition('-')[0]}: the {len(bars)} groups of layers that int8 costs most, worst first; "
             f"all {len(told['groups'])} together give {min(told['all'].values()):.1f} dB.",
         )
+
+
+def _of(figures: Sequence[int] | None) -> str:
+    """(before, after); a pass that takes out no work has no multiply-accumulates to tell."""
+    return "-" if figures is None else f"{figures[1]:,} of {figures[0]:,}"
 
 
 def _waterfall(timings: Data | None) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ class Setting:
     modules     path -> kind of every module that has weights; None where they are not known
     multiples   shape letter -> what its value is always divisible by
     before      parameters of the passes that run before this one, by name
+    edits       what the source had lost before any pass (see `sdcompile.edits`); it is no longer among `modules`
     """
 
     config: Mapping[str, Any]
@@ -37,10 +38,15 @@ class Setting:
     shapes: Shapes
     multiples: Mapping[str, int]
     before: Mapping[str, Any] = field(default_factory=dict)
+    edits: Sequence[Mapping[str, Any]] = ()
 
 
 def nothing(params: Any, setting: Setting) -> list[str]:
     return []
+
+
+def no_more(params: Any, setting: Setting) -> float:
+    return 0.0
 
 
 def by_modules(fault: Callable[[Any, Mapping[str, str]], list[str]]) -> Callable[[Any, Setting], list[str]]:
@@ -68,7 +74,9 @@ class Pass:
                 the trajectories of `calibrate` (see `sdcompile.samples`)?
     memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB)
     measuring   the same where it wants samples, if that takes more
+    working     (params, setting) -> GiB beside those, of what depends on parameters and sizes
     refuses     (params, setting) -> what cannot be, each as "field: fault"; a plan asks before anything is made
+    idle        params -> does it change nothing, as with a ratio of 0?
     exact       does the module compute the same function after it, so that the floors of its precision hold?
     disk        what `run` writes, at most: times the component's fp32 bytes
     teacher     does it want an input "teacher": the component's checkpoint as it was before any pass?
@@ -85,10 +93,12 @@ class Pass:
     packages: tuple[str, ...] = ()
     calibrates: Callable[[Any], bool] = never
     refuses: Callable[[Any, Setting], list[str]] = nothing
+    idle: Callable[[Any], bool] = never
     exact: bool = False
     teacher: bool = False
     memory: tuple[float, float] = (2.0, 1.0)
     measuring: tuple[float, float] | None = None
+    working: Callable[[Any, Setting], float] = no_more
     section: str = "quantize"
     opset: int = 18
     disk: float = 1.0
@@ -108,7 +118,7 @@ def write_effect(
     """Write what a pass did to effect.json: figures as (before, after), and details of its own.
 
     parameters   numbers in the weights; size_bytes: bytes of the weights as stored
-    macs         multiply-accumulates of one call at the usual shapes
+    macs         multiply-accumulates of one call at the usual shapes; None of a pass that takes out none
     snr_db       timestep region -> lowest SNR on held out samples, against the form the pass was given
     """
     effect = {"parameters": parameters, "bytes": size_bytes, "macs": macs, "snr_db": dict(snr_db or {}), **detail}

@@ -170,5 +170,6 @@ PASS = Pass(
     refuses=by_modules(refuses),
     packages=("torch", "diffusers"),
     calibrates=always,
+    idle=lambda params: params.remove is None and not params.count,
     memory=(1.5, 1.5),
 )

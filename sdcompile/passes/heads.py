@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompile.passes import narrowing, pruning, sites
 from sdcompile.passes.base import Pass, always, by_modules
-from sdcompile.passes.importance import Importance
+from sdcompile.passes.importance import Importance, working_gib
 from sdcompile.samples import Samples
 from sdcompile.spec import Job
 
@@ -87,5 +87,7 @@ PASS = Pass(
     refuses=by_modules(refuses),
     packages=("torch", "diffusers"),
     calibrates=always,
+    idle=lambda params: params.ratio <= 0.0,
+    working=working_gib,
     memory=(1.5, 1.5),
 )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from sdcompile.passes import pruning
+from sdcompile.passes.base import Setting
 from sdcompile.passes.compensation import Layer, Moments
 from sdcompile.passes.sites import Site
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 Importance = Literal["reconstruction", "taylor", "l1", "l2"]
 
 _POSITIONS = 4096
+"""Latent positions whose gradients are kept at once: one row of 64 x 64."""
 
 
 def norm(model: nn.Module, site: Site, power: float) -> Tensor:
@@ -81,7 +84,7 @@ def taylor(
     signs = torch.Generator().manual_seed(0)
     scores = {site.module: torch.zeros(site.units, dtype=torch.float64) for site in places}
     units = {site.module: site.units for site in places}
-    for call in (part for whole in calls for part in _split(whole)):
+    for call in (part for whole in calls for part in pruning.parts_of(whole, _POSITIONS)):
         kept: dict[str, Tensor] = {}
         handles = [
             model.get_submodule(site.reader).register_forward_pre_hook(_keeper(kept, site.module)) for site in places
@@ -103,10 +106,9 @@ def taylor(
     return scores
 
 
-def _split(call: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """The call in parts whose activations, which gradients keep all at once, fit where one row of SD 1.5 does."""
-    rows = max(1, _POSITIONS // call[0][0, 0].numel())
-    return list(zip(*(column.split(rows) for column in call), strict=True))
+def working_gib(params: Any, setting: Setting) -> float:
+    """What choosing by the field `importance` of `params` takes beside weights and moments, in GiB."""
+    return pruning.gradients_gib(setting, _POSITIONS, _POSITIONS) if params.importance == "taylor" else 0.0
 
 
 def _keeper(kept: dict[str, Tensor], name: str) -> Callable[..., None]:

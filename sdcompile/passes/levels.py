@@ -59,9 +59,13 @@ def blocks_of(model: nn.Module) -> Iterator[tuple[str, str]]:
     last = len(model.down_blocks) - 1  # type: ignore[arg-type]
     for name, module in model.named_modules():
         if hasattr(module, "attn1") and hasattr(module, "ff"):
-            side, _, rest = name.partition(".")
-            number = int(rest.partition(".")[0]) if side != "mid_block" else last
-            yield str(last - number if side == "up_blocks" else number), name
+            yield _level_of(name, last), name
+
+
+def _level_of(module: str, last: int) -> str:
+    side, _, rest = module.partition(".")
+    number = int(rest.partition(".")[0]) if side != "mid_block" else last
+    return str(last - number if side == "up_blocks" else number)
 
 
 def valued(values: Mapping[str, V] | None, default: V, levels: Sequence[str]) -> dict[str, V]:
@@ -105,19 +109,33 @@ def smallest(level: str, setting: Setting) -> int:
 
 
 def clashes(field: str, params: Simplifier, setting: Setting) -> list[str]:
-    """A fault for every earlier pass that has changed one of the same layers."""
+    """A fault for every earlier pass, and of a pruned source every edit, that has changed one of the same layers."""
     faults = []
     there = levels_of(setting.config)
-    for other in (name for name in SIMPLIFIERS if name in setting.before):
-        before: Simplifier = setting.before[other]
-        shared = [level for level in before.at(there) if level in params.at(there)]
-        parts = [part for part in params.parts if part in before.parts]
-        if shared and parts:
+    for other in SIMPLIFIERS:
+        taken = _made_before(other, setting)
+        if other in setting.before:
+            before: Simplifier = setting.before[other]
+            taken |= {(level, part) for level in before.at(there) for part in before.parts}
+        shared = [level for level in params.at(there) if any((level, part) in taken for part in params.parts)]
+        parts = [part for part in params.parts if any((level, part) in taken for level in shared)]
+        if shared:
             faults.append(
                 f"{field}: {' and '.join(parts)} of level {', '.join(shared)} has {other} already; a layer takes one "
                 f"of {', '.join(SIMPLIFIERS)}"
             )
     return faults
+
+
+def _made_before(op: str, setting: Setting) -> set[tuple[str, str]]:
+    """(level, part) of what the source's own edits `op` have changed."""
+    last = len(setting.config.get("down_block_types") or DOWN) - 1
+    return {
+        (_level_of(edit["module"], last), part)
+        for edit in setting.edits
+        if edit["op"] == op
+        for part in edit.get("parts") or [edit["module"].rpartition(".")[2]]
+    }
 
 
 def simplification(
@@ -140,6 +158,7 @@ def simplification(
     return Pass(
         name=name, stage="prune", kind="checkpoint", revision=revision, params=params, run=run, refuses=refuses,
         packages=("torch", "diffusers"), calibrates=never if exact else always, exact=exact, memory=(1.5, 1.5),
+        idle=lambda params: not params.at(("0",)),
     )  # fmt: skip
 
 

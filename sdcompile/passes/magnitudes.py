@@ -11,17 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompile.errors import HostError
 from sdcompile.files import link
+from sdcompile.passes import calculator
 from sdcompile.passes.casting import MASK
 from sdcompile.samples import Samples
 from sdcompile.spec import Say
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime as ort
-
-_HINT = "pip install 'sdcompile[onnxruntime]'"
 
 
 def largest(
@@ -39,7 +36,7 @@ def largest(
     graph = onnx.load(folder / "model.onnx", load_external_data=False)
     found = dict.fromkeys(values, 0.0)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="magnitudes-") as probed:
-        session = _session(_probe(graph, values, folder, Path(probed)))
+        session = calculator.session(_probe(graph, values, folder, Path(probed)))
         outputs = [f"largest_{index}" for index in range(len(values))]
         for number, name in enumerate(names):
             say(f"ranges, sample {number + 1} of {len(names)}", number / len(names))
@@ -58,19 +55,6 @@ def spread(samples: Samples) -> list[str]:
     for name, told in samples.rows.items():
         first.setdefault((told["shape"], told["region"]), name)
     return list(first.values())
-
-
-def _session(path: Path) -> ort.InferenceSession:
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise HostError(f"ranges of values are measured with ONNX Runtime, which is missing: {error}", _HINT) from error
-
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 4
-    settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
 
 def _probe(graph: onnx.ModelProto, values: Sequence[str], folder: Path, scratch: Path) -> Path:

@@ -115,25 +115,32 @@ def pairs(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, frozenset[str]]]:
     for node in list(graph):
         if node.op_type == "QuantizeLinear":
             for use in node.outputs[0].uses():
-                yield node, use.node, frozenset(_fed(use.node))
+                yield node, use.node, frozenset(group_of(module_of(user)) for user in _fed(use.node))
 
 
-def _fed(node: ir.Node) -> Iterator[str]:
-    """Groups of the convolutions and products that `node` feeds, directly or through moves of data."""
-    for user in {use.node for use in node.outputs[0].uses()}:
-        if user.op_type in TARGETS:
-            yield group_of(module_of(user))
-        elif user.op_type in _MOVES:
-            yield from _fed(user)
+def _fed(node: ir.Node) -> list[ir.Node]:
+    """The convolutions and products that `node` feeds; where it feeds none, the sums and whatever else it feeds."""
+    readers = list(_readers(node))
+    return [reader for reader in readers if reader.op_type in TARGETS] or readers
+
+
+def _readers(node: ir.Node) -> Iterator[ir.Node]:
+    """What reads the output of `node`, directly or through moves of data."""
+    for user in dict.fromkeys(use.node for use in node.outputs[0].uses()):
+        if user.op_type in _MOVES:
+            yield from _readers(user)
+        else:
+            yield user
 
 
 def groups(graph: ir.Graph) -> dict[str, list[str]]:
     """Group -> names of its quantized nodes, in the order of the graph."""
-    fed = {group for _, _, row in pairs(graph) for group in row}
+    fed = {node for _, dequantize, _ in pairs(graph) for node in _fed(dequantize)}
+    names = {group_of(module_of(node)) for node in fed}
     found: dict[str, list[str]] = {}
-    for node in targets(graph):
+    for node in graph:
         group = group_of(module_of(node))
-        if group in fed:
+        if group in names and (node.op_type in TARGETS or node in fed):
             found.setdefault(group, []).append(str(node.name))
     return found
 
@@ -241,18 +248,40 @@ def check(model: ir.Model, *, symmetric: bool) -> dict[str, int]:
             )
     weights = [node.inputs[0] for node in dequantize if node.inputs[0] is not None and node.inputs[0].is_initializer()]
     bits4 = sum(value.dtype is not None and value.dtype.name in ("INT4", "UINT4") for value in weights)
-    run = [n for n in targets(graph) if any(i is not None and _comes_from(i, "DequantizeLinear") for i in n.inputs[:2])]
+    operators = sum(map(_is_quantized, targets(graph))) + integer
     return {
-        "operators": len(run) + integer, "activations": len(dequantize) - len(weights) + integer,
+        "operators": operators, "activations": len(dequantize) - len(weights) + integer,
         "weights": len(weights) + integer, "bits4": bits4,
     }  # fmt: skip
 
 
-def _comes_from(value: ir.Value, op_type: str) -> bool:
+def _is_quantized(node: ir.Node) -> bool:
+    """Are its weights integers, or, where it multiplies two activations, both of these?
+
+    A layer that was left in float may read an activation that was quantized for another one.
+    """
+    import onnx_ir as ir
+
+    given = [_origin(value) for value in node.inputs[:2] if value is not None]
+    integers = [not isinstance(of, ir.Value) and of.op_type == "DequantizeLinear" for of in given]
+    return integers[1] if _is_constant(given[1]) else all(integers)
+
+
+def _origin(value: ir.Value) -> ir.Node | ir.Value:
+    """The node that computes `value`, or the constant or input that it is, behind moves of data."""
     producer = value.producer()
     while producer is not None and producer.op_type in _MOVES and producer.inputs[0] is not None:
-        producer = producer.inputs[0].producer()
-    return producer is not None and producer.op_type == op_type
+        value = producer.inputs[0]
+        producer = value.producer()
+    return value if producer is None else producer
+
+
+def _is_constant(of: ir.Node | ir.Value) -> bool:
+    import onnx_ir as ir
+
+    if isinstance(of, ir.Value):
+        return of.is_initializer()
+    return of.op_type == "DequantizeLinear" and of.inputs[0] is not None and of.inputs[0].is_initializer()
 
 
 def load(path: Path) -> ir.Model:

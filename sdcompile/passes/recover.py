@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sdcompile import metrics
 from sdcompile.errors import RecipeError, StageError
 from sdcompile.passes import pruning, resuming
-from sdcompile.passes.base import Pass, always, by_modules
+from sdcompile.passes.base import Pass, Setting, always, by_modules
 from sdcompile.samples import Samples
 from sdcompile.spec import Job, Say
 
@@ -32,8 +32,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Call = tuple[Tensor, ...]
+    Rows = tuple[Call, Tensor]
+    """A call, and which of its rows are meant."""
 
-REVISION = 1
+REVISION = 2
+
+POSITIONS = 8192
+"""Latent positions whose gradients are kept at once: 32 rows of 16 x 16, 2 of 64 x 64. More rows come in parts, whose
+gradients add up."""
 
 _WARM_UP = 0.05
 """Share of the steps over which the rate rises; then it falls as a cosine to zero."""
@@ -204,16 +210,17 @@ def _duration(seconds: float) -> str:
 def _learn(
     now: _Training, student: pruning.Subject, teacher: pruning.Subject, call: Call, params: Params, field: str
 ) -> None:
-    """One step of AdamW, and of the average."""
+    """One step of AdamW, and of the average. The loss is the mean over parts of up to `POSITIONS`, by their rows."""
     import torch
 
     now.step += 1
     for group in now.optimiser.param_groups:
         group["lr"] = params.learning_rate * _share(now.step, params.steps)
-    loss = _loss(student, teacher, call, params.features)
-    if not torch.isfinite(loss):
-        raise StageError(f"training diverged at step {now.step}", f"lower {field}.learning_rate")
-    loss.backward()
+    for part in pruning.parts_of(call, POSITIONS):
+        loss = _loss(student, teacher, part, params.features) * (len(part[0]) / len(call[0]))
+        if not torch.isfinite(loss):
+            raise StageError(f"training diverged at step {now.step}", f"lower {field}.learning_rate")
+        loss.backward()
     torch.nn.utils.clip_grad_norm_(now.trained.values(), 1.0)
     now.optimiser.step()
     now.optimiser.zero_grad(set_to_none=True)
@@ -258,14 +265,14 @@ def _share(step: int, steps: int) -> float:
     return min(step / rise, 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
 
 
-def _split(pairs: Sequence[tuple[Call, Tensor]]) -> tuple[list[Call], list[tuple[Call, Tensor]]]:
-    """Calls to train on, and calls with the reference's answers to examine on; rows of both in every call."""
+def _split(pairs: Sequence[tuple[Call, Tensor]]) -> tuple[list[Rows], list[tuple[Call, Tensor]]]:
+    """Rows to train on, and calls with the reference's answers to examine on; some of both of every call."""
     import torch
 
     training, validation = [], []
     for call, answers in pairs:
         aside = torch.arange(len(answers)) % _VALIDATION == _VALIDATION - 1
-        training.append(tuple(column[~aside] for column in call))
+        training.append((call, (~aside).nonzero()[:, 0]))
         if aside.any():
             validation.append((tuple(column[aside] for column in call), answers[aside]))
     if not validation:
@@ -273,24 +280,26 @@ def _split(pairs: Sequence[tuple[Call, Tensor]]) -> tuple[list[Call], list[tuple
     return training, validation
 
 
-def _draws(calls: Sequence[Call], params: Params, random: torch.Generator) -> Iterator[Call]:
+def _draws(training: Sequence[Rows], params: Params, random: torch.Generator) -> Iterator[Call]:
     """Endless calls of `params.rows` rows of one shape, each shape as often as it has rows.
 
     Past latents and timesteps, the inputs are conditioning, which some rows get from another row.
     """
     import torch
 
-    groups: dict[tuple[Any, ...], list[Call]] = {}
-    for call in calls:
-        groups.setdefault(tuple(column.shape[1:] for column in call), []).append(call)
-    tables = [tuple(torch.cat(columns) for columns in zip(*group, strict=True)) for group in groups.values()]
-    sizes = torch.tensor([float(len(table[0])) for table in tables])
+    groups: dict[tuple[Any, ...], list[tuple[Call, int]]] = {}
+    for call, places in training:
+        table = groups.setdefault(tuple(column.shape[1:] for column in call), [])
+        table += [(call, place) for place in places.tolist()]
+    tables = list(groups.values())
+    sizes = torch.tensor([float(len(table)) for table in tables])
     while True:
         table = tables[int(torch.multinomial(sizes, 1, generator=random))]
-        rows = torch.randint(len(table[0]), (params.rows,), generator=random)
-        others = torch.randint(len(table[0]), (params.rows,), generator=random)
+        rows = torch.randint(len(table), (params.rows,), generator=random)
+        others = torch.randint(len(table), (params.rows,), generator=random)
         told = torch.where(torch.rand(params.rows, generator=random) < params.mix, others, rows)
-        yield tuple(column[rows] if place < 2 else column[told] for place, column in enumerate(table))
+        columns = ((column, rows if column < 2 else told) for column in range(len(table[0][0])))
+        yield tuple(torch.stack([table[row][0][at][table[row][1]] for row in of.tolist()]) for at, of in columns)
 
 
 def _loss(student: pruning.Subject, teacher: pruning.Subject, call: Call, features: float) -> Tensor:
@@ -360,6 +369,10 @@ def _weights(trained: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]) 
             weight.data = own[name]
 
 
+def _working_gib(params: Params, setting: Setting) -> float:
+    return pruning.gradients_gib(setting, params.rows, POSITIONS)
+
+
 PASS = Pass(
     name="recover",
     stage="prune",
@@ -370,9 +383,12 @@ PASS = Pass(
     refuses=by_modules(refuses),
     packages=("torch", "diffusers"),
     calibrates=always,
+    # Whether the floors hold is said by what it recovers from: by itself it has nothing to learn.
+    exact=True,
     teacher=True,
     # Weights, gradients, two moments, the average and the best so far; the teacher stays mapped.
     memory=(7.0, 2.0),
+    working=_working_gib,
     # The result, and the state twice while a new one takes the place of the old: weights, average, best, moments.
     disk=11.0,
 )

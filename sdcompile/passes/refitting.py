@@ -158,7 +158,7 @@ def _set(
     outputs = outputs_of(wire, kept, len(old.weight))
     if told.output:
         wanted = told.values[:, outputs] if beside is None else told.values[:, outputs] - beside
-        found = solved(_matrix(layer), layer.bias is not None, _parts(layer, inputs, wanted))
+        found = fitted(_matrix(layer), layer.bias is not None, _parts(layer, inputs, wanted))
         weight, bias = found[:-1].T.view(layer.weight.shape), found[-1]
     else:
         # What the whole model reads, from what this one does; then the whole model's own weights.
@@ -166,7 +166,7 @@ def _set(
         wanted = sites.channels_last(told.values)
         start = torch.zeros(len(inside) + 1, wanted.shape[1], dtype=torch.float64)
         start[range(len(inside)), inside] = 1.0
-        mixed = solved(start, True, _parts(None, inputs, wanted))
+        mixed = fitted(start, True, _parts(None, inputs, wanted))
         own = old.weight[outputs].double()
         weight = torch.einsum("oi...,ki->ok...", own, mixed[:-1])
         bias = old.bias[outputs].double() + own.flatten(2).sum(2) @ mixed[-1]
@@ -193,7 +193,7 @@ def _parts(layer: Any, inputs: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor,
         yield sites.strided(reads), sites.strided(told)
 
 
-def solved(start: Tensor, with_bias: bool, parts: Iterator[tuple[Tensor, Tensor]], ridge: float = RIDGE) -> Tensor:
+def fitted(start: Tensor, with_bias: bool, parts: Iterator[tuple[Tensor, Tensor]], ridge: float = RIDGE) -> Tensor:
     """The matrix near `start` (columns + 1, outputs) of least squared error over rows of (inputs, wanted outputs).
 
     `ridge` times the inputs' mean square holds it to `start`.

@@ -1,4 +1,4 @@
-"""Which parts of a model bear int8: the noise each group alone adds, and the fewest groups to leave out.
+"""Which parts of a model bear int8: the noise each group alone adds, and the groups to leave out, few of them.
 
 Groups are quantized one at a time, run on held out samples and compared with the graph before
 quantization (what an earlier pass has cost is not theirs). Their noise adds up nearly, as the errors
@@ -18,7 +18,7 @@ import numpy as np
 
 from sdcompile import metrics
 from sdcompile.errors import StageError
-from sdcompile.passes import qdq
+from sdcompile.passes import calculator, qdq
 from sdcompile.samples import Samples
 from sdcompile.spec import Say
 
@@ -77,13 +77,7 @@ def judge(samples: Samples, count: int, graph: Path, source: Path) -> Judge:
 
 def answers(path: Path, samples: Samples, names: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
     """What the graph at `path` gives for each sample, with pairs computed in float."""
-    import onnxruntime as ort
-
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 4
-    settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    session = calculator.session(path)
     outputs = [output.name for output in session.get_outputs()]
     for name in names:
         yield dict(zip(outputs, session.run(outputs, dict(samples[name].feeds)), strict=True))
@@ -110,12 +104,13 @@ def measure(judge: Judge, groups: Mapping[str, list[str]], say: Say) -> dict[str
 def choose(
     judge: Judge, alone: Mapping[str, Noise], everything: Noise, min_snr_db: float, say: Say
 ) -> tuple[list[str], Noise]:
-    """The fewest groups to leave out so that every sample keeps `min_snr_db`, and the noise that remains.
+    """Groups to leave out so that every sample keeps `min_snr_db`, and the noise that remains.
 
     Left out is, again and again, the group that adds most to the sample that is worst off; the sum is scaled
-    to what was measured last. Raises StageError when even the least sensitive group alone misses the floor.
+    to what was measured last. Then each is taken back that a later one made needless, so that none is left out
+    for nothing. Raises StageError when even the least sensitive group alone misses the floor.
     """
-    allowed = 10 ** (-min_snr_db / 10) * (1 + _SLACK)
+    allowed = most_noise(min_snr_db)
     left_out: list[str] = []
     noise = everything
     scale = _ratio(everything, alone, left_out)
@@ -135,6 +130,27 @@ def choose(
         say(f"measuring int8 without {len(left_out)} of {len(alone)} groups", None)
         noise = judge.noise(set(alone) - set(left_out))
         scale = _ratio(noise, alone, left_out)
+    return _without_needless(judge, alone, left_out, noise, allowed, say)
+
+
+def most_noise(min_snr_db: float) -> float:
+    """The noise up to which a sample keeps `min_snr_db`."""
+    return float(10 ** (-min_snr_db / 10) * (1 + _SLACK))
+
+
+def _without_needless(
+    judge: Judge, alone: Mapping[str, Noise], left_out: list[str], noise: Noise, allowed: float, say: Say
+) -> tuple[list[str], Noise]:
+    """`left_out` without those that can be taken back, the least sensitive first, and the noise that remains."""
+    for name in sorted(left_out, key=lambda name: float(alone[name].max())):
+        others = [other for other in left_out if other != name]
+        kept = [row for other, row in alone.items() if other not in others]
+        if (_ratio(noise, alone, left_out) * np.sum(kept, 0)).max() > allowed:
+            continue
+        say(f"measuring int8 with {name} again", None)
+        measured = judge.noise(set(alone) - set(others))
+        if measured.max() <= allowed:
+            left_out, noise = others, measured
     return left_out, noise
 
 

@@ -25,9 +25,7 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
     parts: ClassVar[tuple[str, ...]] = ("attn2",)
 
-    k: int = Field(
-        default=32, ge=1, description="Words each place attends to; as many as the prompt has tokens changes nothing."
-    )
+    k: int = Field(default=32, ge=1, description="Words each place attends to: fewer than the prompt has tokens.")
     levels: tuple[str, ...] | None = Field(
         default=None,
         description="Levels, as in [0, 1]: level 0 has the latents' own size, each further one half of it. "
@@ -42,7 +40,7 @@ def refuses(params: Params, setting: Setting) -> list[str]:
     tokens = setting.shapes["T"]
     named = list(params.at(levels.levels_of(setting.config)))
     faults = levels.unknown("levels", named, setting)
-    if not tokens.is_static and params.k >= tokens.min:
+    if params.k >= tokens.min:
         faults.append(f"k: {params.k} is not less than the {tokens.min} tokens of the shortest prompt")
     return faults + levels.clashes("k", params, setting)
 

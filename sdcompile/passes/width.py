@@ -9,7 +9,7 @@ time embedding to fewer sinusoids. The config says all of it: no edits.json is n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +54,8 @@ class Params(BaseModel):
 
 
 def refuses(params: Params, setting: Setting) -> list[str]:
+    if fixed := narrowed_by(setting.edits):
+        return [f"ratio: the source has lost {fixed} already, so that its layers have no common width any more"]
     return widths.faults_of(setting.config, params.ratio, params.round_to)
 
 
@@ -62,9 +64,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
     subject = pruning.open_subject(inputs["checkpoint"], job)
     model: Any = subject.model
-    if fixed := sorted({edit["op"] for edit in subject.edits} & _NARROW):
+    if fixed := narrowed_by(subject.edits):
         raise StageError(
-            f"{job.component} has lost {' and '.join(fixed)} already: its layers have no common width any more",
+            f"{job.component} has lost {fixed} already: its layers have no common width any more",
             "let `width` come first, as it does in one recipe",
         )
     if faults := widths.faults_of(model.config, params.ratio, params.round_to):
@@ -79,7 +81,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     pruning.finish(inputs, out, job, made, [], config=_new_fields(thin.config), widths=told)
 
 
-_NARROW = {"heads", "channels", "feed_forward"}
+def narrowed_by(made: Iterable[edits.Edit]) -> str:
+    """The ops among `made` after which a UNet's layers have no common width, in words."""
+    return " and ".join(sorted({edit["op"] for edit in made} & {"heads", "channels", "feed_forward"}))
 
 
 def _new_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,7 +214,7 @@ def _fit(layer: Any, reads: Tensor, wanted: Tensor, near: Any = None) -> None:
     start = torch.zeros(reads.shape[1] + 1, wanted.shape[1], dtype=torch.float64)
     if near is not None:
         start = torch.cat([near.weight.double().T, near.bias.double()[None]])
-    found = refitting.solved(start, True, iter([(reads, wanted)]), ridge=1e-6)
+    found = refitting.fitted(start, True, iter([(reads, wanted)]), ridge=1e-6)
     layer.weight.copy_(found[:-1].T)
     layer.bias.copy_(found[-1])
 
@@ -225,5 +229,6 @@ PASS = Pass(
     refuses=refuses,
     packages=("torch", "diffusers"),
     calibrates=always,
+    idle=lambda params: params.ratio <= 0.0,
     memory=(2.5, 4.5),
 )

@@ -38,7 +38,7 @@ class Choice(NamedTuple):
     @property
     def pruned(self) -> bool:
         """Is it another function than the source's, so that the defaults of a precision do not apply?"""
-        return self.of_pruned or any(p.record.stage == "prune" and not p.record.exact for p in self.passes)
+        return self.of_pruned or any(p.changes for p in self.passes)
 
     @property
     def unquantized(self) -> Choice:
@@ -87,8 +87,8 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     faults += [f"components.{name}.build: {fault}" for fault in backend.refuses(precision, options)]
     params = {"family": family.name, "options": options.model_dump(mode="json"), **chosen.params}
     # A shallow stand-in is cut from the denoiser's checkpoint, after the denoiser's pruning.
-    before = [PASSES[p] for p in recipe.pruning(family.denoiser) if p in PASSES]
-    of_pruned = name == family.shallow and any(not record.exact for record in before)
+    before = [planned_pass(PASSES[p], told) for p, told in recipe.pruning(family.denoiser).items() if p in PASSES]
+    of_pruned = name == family.shallow and any(p.changes for p in before)
     pruning = {} if name == family.shallow else recipe.pruning(name)
     faults += [f"{recipe.place_of_pruning(name)}.{p}: unknown pass '{p}'" for p in pruning if p not in PASSES]
     if pruning and family.plain(name) != family.denoiser:

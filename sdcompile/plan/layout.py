@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from sdcompile import edits
 from sdcompile.errors import RecipeError
 from sdcompile.families import FAMILIES, Family
 from sdcompile.passes.base import Setting
@@ -47,14 +48,7 @@ def resolve(
     notes = list(source.notes)
     shapes = _collect(faults, lambda: family.shapes(recipe.shape_request, source.configs)) or {}
     names = recipe.wanted(family.required)
-    settings = {
-        name: Setting(
-            source.configs[family.folder(name, source.configs)],
-            family.modules(family.plain(name), source.configs), shapes, facts["multiples"],
-        )
-        for name in names
-        if name in specs
-    }  # fmt: skip
+    settings = {name: _setting(family, source, name, shapes) for name in names if name in specs}
     chosen = _chosen(recipe, family, source, settings, faults)
     faults += _faults_of_defaults(recipe, shapes)
     for name in source.parts:
@@ -90,7 +84,7 @@ def resolve(
     reference = {**checkpoints, **shared}
     calibrating = [name for name in some if any(choices[name].calibrates for choices in chosen.values())]
     calibrated = list(dict.fromkeys(map(family.plain, calibrating)))
-    samples = calibration(draft, recipe, some, calibrated, shapes, reference, faults)
+    samples = calibration(draft, recipe, some, calibrated, specs, shapes, reference, faults)
     _refuse(recipe, faults)
 
     ways: dict[str, Way] = {}
@@ -101,8 +95,8 @@ def resolve(
             folder = draft.folder(name)
             made_of = checkpoints[folder] if name != family.shallow else roads[family.denoiser].forms["checkpoint"]
             roads[name] = _component(
-                draft, name, choice, modules.get(family.plain(name)), specs[name], shapes, facts, made_of, samples,
-                max(recipe.opset, choice.opset), source.fp32_bytes(folder),
+                draft, name, choice, modules.get(family.plain(name)), specs[name], settings[name], facts, made_of,
+                samples, max(recipe.opset, choice.opset), source.fp32_bytes(folder),
             )  # fmt: skip
         reports = verification(draft, one, choices, specs, shapes, roads, reference)
         ways[target] = Way(choices, roads, reports)
@@ -112,6 +106,13 @@ def resolve(
     draft.target = ""
     package(draft, recipe, ways, facts, shapes, shared, fallbacks)
     return Plan(recipe, tuple(draft.steps.values()), tuple(dict.fromkeys(notes)))
+
+
+def _setting(family: Family, source: Source, name: str, shapes: Shapes) -> Setting:
+    folder = family.folder(name, source.configs)
+    modules, made = family.modules(family.plain(name), source.configs), source.edits.get(folder, ())
+    left = None if modules is None else edits.renamed(modules, made)
+    return Setting(source.configs[folder], left, shapes, family.facts(source.configs)["multiples"], edits=made)
 
 
 def _chosen(
@@ -159,7 +160,7 @@ def _component(
     choice: Choice,
     module: ComponentSpec | None,
     spec: ComponentSpec,
-    shapes: Shapes,
+    setting: Setting,
     facts: Mapping[str, Any],
     checkpoint: str,
     samples: str | None,
@@ -170,7 +171,7 @@ def _component(
 
     `module` is the spec of what the checkpoint means, `spec` that of the engine.
     """
-    family = choice.params["family"]
+    family, shapes = choice.params["family"], setting.shapes
     forms = {"checkpoint": checkpoint}
 
     def walk(forms: dict[str, str], kind: str, choice: Choice, variant: str = "") -> tuple[str, ...]:
@@ -192,7 +193,7 @@ def _component(
             forms[kind] = draft.add(
                 name, record.name, inputs, {"family": family, **params, **planned.params, **loose}, spec=of,
                 shapes=shapes, precision=precision,
-                memory=memory.needed(planned.memory, size), disk=int(record.disk * size), variant=variant,
+                memory=memory.needed(planned.memory(setting), size), disk=int(record.disk * size), variant=variant,
             )  # fmt: skip
             passes.append(forms[kind])
         return tuple(passes)

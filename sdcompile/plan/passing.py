@@ -24,8 +24,14 @@ class Planned(NamedTuple):
         return self.record.calibrates(self.record.params.model_validate(self.params))
 
     @property
-    def memory(self) -> tuple[float, float]:
-        return (self.record.measuring if self.calibrates else None) or self.record.memory
+    def changes(self) -> bool:
+        """Does the module compute another function after it than before?"""
+        record = self.record
+        return record.stage == "prune" and not (record.exact or record.idle(record.params.model_validate(self.params)))
+
+    def memory(self, setting: Setting) -> tuple[float, float]:
+        times, gib = (self.record.measuring if self.calibrates else None) or self.record.memory
+        return times, gib + self.record.working(self.record.params.model_validate(self.params), setting)
 
 
 def planned(record: Pass, params: Mapping[str, Any]) -> Planned:

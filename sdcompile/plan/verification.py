@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ VERIFY_PROMPTS = (
     "isometric drawing of a small city with trams, trees and red roofs, high detail",
 )
 _TINY = "builtin:tiny"
+_BYTES = {"float32": 4, "int32": 4, "int64": 8}
 
 
 def calibration(
@@ -30,6 +32,7 @@ def calibration(
     recipe: Recipe,
     chosen: Mapping[str, Choice],
     wanted: Sequence[str],
+    specs: Mapping[str, ComponentSpec],
     shapes: Shapes,
     inputs: Mapping[str, str],
     faults: list[str],
@@ -63,13 +66,20 @@ def calibration(
     params = {
         **reference,
         "record": list(wanted),
-        "prompts": list(prompts[: own.images]),
+        # A trajectory has as many prompts as its batch.
+        "prompts": list(prompts[: own.images * shapes["B"].max]),
         **own.model_dump(include={"seed", "images", "num_inference_steps", "max_samples"}),
     }
     return draft.add(
         PIPELINE, "calibrate", inputs, params, shapes=shapes,
-        memory=_reference_bytes(draft, chosen), disk=1 << 30,
+        memory=_reference_bytes(draft, chosen),
+        disk=own.max_samples * sum(_call_bytes(specs[name], shapes) for name in wanted),
     )  # fmt: skip
+
+
+def _call_bytes(spec: ComponentSpec, shapes: Shapes) -> int:
+    """What the largest call of a component takes, feeds and answers, as it is recorded."""
+    return sum(math.prod(t.shape(shapes, "max")) * _BYTES[t.dtype] for t in (*spec.inputs, *spec.outputs))
 
 
 _VERIFY_SEEDS = 64

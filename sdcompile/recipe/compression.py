@@ -45,8 +45,8 @@ class CalibrateRecipe(Part):
     )
     images: Annotated[Whole, Field(ge=4, le=4096)] = Field(
         default=32,
-        description="Trajectories to run, over the prompts in order. One in four is unguided, "
-        "and one in four is held out: passes are judged by it and never fitted to it.",
+        description="Trajectories to run, over the prompts in order. One in four is held out: passes are "
+        "judged by it and never fitted to it. One in five is unguided, two in seven the least or largest size.",
     )
     num_inference_steps: Annotated[Whole, Field(ge=1, le=MAX_STEPS)] = Field(
         default=10, description="Denoising steps of each."

@@ -40,7 +40,7 @@ OPS: dict[str, Op] = {
     "tokenizer": Op("sdcompile.steps.tokenizer", "compile", "tokenizer", packages=("transformers", "tokenizers")),
     "samplers": Op("sdcompile.steps.sampler", "compile", "tables", revision=3, packages=("diffusers",)),
     "fit": Op("sdcompile.steps.fit", "compile", "tables", revision=2, packages=_TORCH),
-    "calibrate": Op("sdcompile.steps.calibrate", "calibrate", "samples", revision=2, packages=_TORCH),
+    "calibrate": Op("sdcompile.steps.calibrate", "calibrate", "samples", revision=3, packages=_TORCH),
     "race": Op("sdcompile.steps.race", "compile", "race", host=True),
     "record": Op("sdcompile.steps.record", "verify", "samples", revision=3, packages=_TORCH),
     "engine": Op("sdcompile.steps.verify", "verify", "report", revision=3, host=True),

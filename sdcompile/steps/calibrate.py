@@ -17,6 +17,12 @@ from sdcompile.samples import Writer
 from sdcompile.spec import Job
 from sdcompile.steps.reference import GUIDED, Call, Trajectory, model_of, nearest, play, with_step_cache
 
+_HELD_OUT = (4, 3)
+_UNGUIDED = (5, 2)
+_SHAPES = 7, {0: "min", 1: "max"}
+"""Of every so many trajectories, which. No two of the cycles share a factor: the part that is held out meets every
+shape and both kinds of guidance, as the fitted part does, from 16 trajectories on."""
+
 # Multiples of the golden ratio's fraction fill [0, 1) evenly, however many are taken.
 _GOLDEN = 0.6180339887498949
 
@@ -28,9 +34,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     stand-in alone, of which as many calls are kept.
 
     inputs and job.params as for `record`, and: images (trajectories to run), max_samples (calls to keep
-    of each component). Of every four trajectories one is unguided, and one (another one) is held out;
-    of every eight one has the min and one the max shape. Kept calls are spread evenly over trajectories
-    and timesteps. The same inputs give the same bytes on one machine.
+    of each component). One trajectory in four is held out, one in five is unguided, one in seven has the min
+    and one the max shape. Kept calls are spread evenly over trajectories and timesteps. The same inputs give
+    the same bytes on one machine.
     """
     params = job.params
     model = model_of(params, inputs, job)
@@ -52,10 +58,11 @@ def trajectories(params: Mapping[str, Any], shapes: Mapping[str, Any], model: Mo
     usual = scale if scale > 1 else 1.0
     taken = 0
     for number in range(min(params["images"], params["max_samples"])):
-        shape = {2: "min", 5: "max"}.get(number % 8, "opt")
+        every, named = _SHAPES
+        shape = named.get(number % every, "opt")
         batch, height, width = (getattr(shapes[letter], shape) for letter in "BHW")
         # An unguided recipe is mostly fed unguided rows, and still must bear guided ones.
-        guidance = (1.0 if usual > 1 else guided) if number % 4 == 1 else usual
+        guidance = (1.0 if usual > 1 else guided) if _is_turn(number, _UNGUIDED) else usual
         yield Trajectory(
             id=f"{number:03d}",
             prompts=tuple(prompts[(taken + k) % len(prompts)] for k in range(batch)),
@@ -72,8 +79,13 @@ def trajectories(params: Mapping[str, Any], shapes: Mapping[str, Any], model: Mo
 
 
 def held_out(trajectory: int) -> bool:
-    """Every fourth trajectory, from the fourth on; of two or three the last."""
-    return trajectory % 4 == 3
+    """Every fourth trajectory, from the fourth on."""
+    return _is_turn(trajectory, _HELD_OUT)
+
+
+def _is_turn(trajectory: int, cycle: tuple[int, int]) -> bool:
+    every, turn = cycle
+    return trajectory % every == turn
 
 
 def kept_steps(steps: int, trajectory: int, trajectories: int, max_samples: int, seed: int) -> frozenset[int]:

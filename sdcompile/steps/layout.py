@@ -87,6 +87,7 @@ class Source:
     parts      component -> its own source, where the recipe names one; it counts as a folder of this source
     shares     for a single-file source: folder -> bytes of the checkpoint that are this folder's
     parameters folder -> how many weights it has, where the files are on this disk already
+    edits      folder -> what had been taken out of a pruned component (see `sdcompile.edits`)
     place      (files, say) -> a folder that holds them
     """
 
@@ -100,6 +101,7 @@ class Source:
     parts: Mapping[str, Source] = field(default_factory=dict)
     shares: Mapping[str, int] = field(default_factory=dict, repr=False)
     parameters: Mapping[str, int] = field(default_factory=dict, repr=False)
+    edits: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
     place: Callable[[tuple[str, ...], Say], Path] | None = field(default=None, repr=False, compare=False)
 
     def with_parts(self, parts: Mapping[str, Source]) -> Source:
@@ -183,6 +185,7 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
     configs: dict[str, dict[str, Any]] = {}
     chosen: list[str] = []
     parameters: dict[str, int] = {}
+    pruned: dict[str, list[dict[str, Any]]] = {}
     if "model_index.json" not in tree.sizes:
         raise RecipeError(
             f"source {tree.name} has no model_index.json, so it is not a diffusers folder",
@@ -200,6 +203,7 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
                 notes += remarks
                 if (made := f"{name}/{edits.FILE}") in tree.sizes:
                     chosen.append(made)
+                    pruned[name] = edits.read(tree.get(made).parent)
                     notes += (f"{name}: the source is pruned already; what it computes now is what counts as right",)
                 if counted := parameters_in(tree, files):
                     parameters[name] = counted
@@ -220,7 +224,7 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
 
     return Source(
         tree.id, tree.kind, tree.revision, licence_of(tree), entries(tree, chosen, hash_file), configs, notes,
-        parameters=parameters, place=placing(tree, "model_index.json"),
+        parameters=parameters, edits=pruned, place=placing(tree, "model_index.json"),
     )  # fmt: skip
 
 

@@ -318,6 +318,12 @@ def test_activations_quantized_at_run_time_need_no_ranges(form, recorded, tmp_pa
         ({"group_size": 64}, "group_size is for `bits: 4`"),
         ({"mode": "weights", "bits": 4, "group_size": 48}, "no power of two"),
         ({"mode": "dynamic", "sensitivity": True}, "budget and sensitivity"),
+        ({"mode": "weights", "smooth_quant": True}, "smooth_quant: true is for `mode: static`"),
+        ({"mode": "weights", "bias_correction": "fast"}, "bias_correction: fast is for `mode: static`"),
+        ({"mode": "dynamic", "model_type": "any"}, "model_type: any is for `mode: static`"),
+        ({"smooth_quant_alpha": 0.5}, "smooth_quant_alpha: 0.5 is for `smooth_quant: true`"),
+        ({"symmetric": True, "model_type": "any"}, "symmetric: true .* is for `model_type: transformer`"),
+        ({"symmetric": True, "mode": "dynamic"}, "symmetric: true .* is not for `mode: dynamic`"),
     ],
 )
 def test_parameters_that_do_not_fit_together_are_refused(params, words):
@@ -456,3 +462,115 @@ def test_the_products_inside_an_attention_are_found_by_the_softmax_between_them(
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (4, 4)) for name in "xy"]
     model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:]))
     assert qdq.inside_attentions(ir.serde.deserialize_model(model).graph) == {"scores", "weigh"}
+
+
+def judged(alone: dict[str, list[float]], measured: list[tuple[str, ...]]):
+    """A judge of two samples to which the noise of groups adds up exactly; `measured` gets what it was asked."""
+
+    class Judge:
+        def noise(self, kept):
+            measured.append(tuple(sorted(kept)))
+            return np.sum([alone[name] for name in kept], 0, initial=0.0) + np.zeros(2)
+
+    return Judge()
+
+
+def test_the_plan_s_figures_hold_what_was_measured():
+    from sdcompile.plan import memory
+
+    unet = int(3.2 * memory.GIB)
+    assert memory.needed(nncf_int8.PASS.memory, unet) > 11.1 * memory.GIB
+    assert nncf_int8.PASS.disk >= 1.27, "the graph with pairs in fp32, and the result"
+
+
+def test_no_group_is_left_out_that_a_later_one_made_needless():
+    from sdcompile.passes import sensitivity
+    from sdcompile.spec import say_nothing
+
+    # Of the first sample a is the worst and goes first; then c must go for the second one, and alone is enough.
+    rows = {"a": [0.08, 0.0], "c": [0.07, 0.12], "d": [0.01, 0.02]}
+    alone = {name: np.array(row) for name, row in rows.items()}
+    measured: list[tuple[str, ...]] = []
+    judge = judged(rows, measured)
+    left_out, noise = sensitivity.choose(judge, alone, sum(alone.values()), 10.0, say_nothing)
+    assert left_out == ["c"]
+    np.testing.assert_allclose(noise, [0.09, 0.02])
+    assert measured == [("d",), ("a", "d")], "what was chosen is measured itself"
+    rows["a"] = [0.095, 0.0]
+    alone = {name: np.array(row) for name, row in rows.items()}
+    left_out, _ = sensitivity.choose(judge, alone, sum(alone.values()), 10.0, say_nothing)
+    assert left_out == ["a", "c"], "the sibling: both are needed"
+
+
+def test_a_budget_is_held_after_biases_were_corrected_again(form, recorded, tmp_path, monkeypatch):
+    """The second correction is made to miss the floor: another group goes, and what is told is what was written."""
+    from sdcompile.passes import sensitivity
+
+    worst = min(quantize(form, recorded, tmp_path / "all", bias_correction="fast")["snr_db"].values())
+    floor = worst + 2
+    inserted, more, plain = [], [], nncf_int8._insert_pairs
+
+    def insert(inputs, graph, job, params, ignored):
+        inserted.append(set(ignored))
+        plain(inputs, graph, job, params, ignored)
+
+    judged_noise = sensitivity.Judge.noise
+
+    def noise(self, kept):
+        found = judged_noise(self, kept)
+        if len(inserted) != 2:
+            return found
+        if kept is None:
+            more.append(1.05 * sensitivity.most_noise(floor) / found.max())
+        return found * more[0]
+
+    monkeypatch.setattr(nncf_int8, "_insert_pairs", insert)
+    monkeypatch.setattr(sensitivity.Judge, "noise", noise)
+    effect = quantize(form, recorded, tmp_path / "out", bias_correction="fast", budget={"min_snr_db": floor})
+    assert len(inserted) == 3
+    assert inserted[1] < inserted[2]
+    assert min(effect["snr_db"].values()) >= floor
+    told = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
+    assert told["chosen"] == effect["snr_db"]
+    assert told["left_out"] == effect["left_out"]
+    assert effect["quantized"] == len(LAYERS) - len(effect["left_out"])
+    assert worst_db(tmp_path / "out", recorded) >= floor - 0.5
+
+
+@pytest.mark.parametrize(
+    "params", [{"smooth_quant": True}, {"bias_correction": "accurate"}, {"model_type": "any"}], ids=str
+)
+def test_other_ways_of_fitting_give_working_int8(form, recorded, tmp_path, params):
+    effect = quantize(form, recorded, tmp_path / "out", **params)
+    assert effect["quantized"] == len(LAYERS)
+    assert worst_db(tmp_path / "out", recorded) > 10
+
+
+def test_sums_in_int8_are_groups_like_any_other(form, recorded, tmp_path):
+    plain = quantize(form, recorded, tmp_path / "all", model_type="any", sensitivity=True)
+    told = json.loads((tmp_path / "all" / "sensitivity.json").read_text())
+    assert sum(row["operators"] for row in told["groups"]) > len(LAYERS), "sums are counted"
+    floor = min(plain["snr_db"].values()) + 1
+    mixed = quantize(form, recorded, tmp_path / "mixed", model_type="any", budget={"min_snr_db": floor})
+    assert len(mixed["left_out"]) == 1
+    pairs = [kinds(tmp_path / name).count("QuantizeLinear") for name in ("all", "mixed")]
+    assert pairs[0] - 4 <= pairs[1] < pairs[0], "those of the sums of other layers stay"
+
+
+def test_a_float_layer_beside_an_int8_one_is_not_counted(form, recorded, tmp_path):
+    """Two layers read one quantized activation; the weights of one are in float."""
+    import onnx_ir as ir
+
+    from sdcompile.passes import qdq
+
+    quantize(form, recorded, tmp_path / "out")
+    model = qdq.load(tmp_path / "out" / "model.onnx")
+    first = qdq.targets(model.graph)[0]
+    weight = ir.Value(
+        name="float", const_value=ir.tensor(np.ones((WIDTH, WIDTH), "f"), name="float"),
+        type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((WIDTH, WIDTH)),
+    )  # fmt: skip
+    model.graph.initializers.add(weight)
+    other = ir.Node("", "MatMul", [first.inputs[0], weight], name="other", num_outputs=1)
+    model.graph.insert_after(first, other)
+    assert qdq.check(model, symmetric=False)["operators"] == len(LAYERS)

@@ -371,6 +371,44 @@ def distilled(small: Path, crude: Path, samples: Path, state: Path, say: Say = s
     return recover.distil(student, teacher, pairs, recover.Params.model_validate(RECOVERY), "recover", say, state)
 
 
+def test_rows_beyond_a_bound_are_learned_in_parts(small, samples, crude, tmp_path, monkeypatch):
+    from sdcompile.passes import recover
+
+    learned, plain = [], recover._loss
+
+    def loss(student, teacher, call, features):
+        learned.append(len(call[0]))
+        return plain(student, teacher, call, features)
+
+    monkeypatch.setattr(recover, "_loss", loss)
+    whole = distilled(small, crude, samples, tmp_path / "whole")
+    assert learned == [4] * 6, "up to the bound a step is one part"
+    learned.clear()
+    monkeypatch.setattr(recover, "POSITIONS", 3 * 8 * 8)
+    parts = distilled(small, crude, samples, tmp_path / "parts")
+    assert learned == [3, 1] * 6
+    gained = [exams[-1]["snr_db"] - exams[0]["snr_db"] for exams in (whole, parts)]
+    assert gained[0] > 0
+    assert gained[1] == pytest.approx(gained[0], rel=0.3)
+
+
+def test_what_is_recorded_is_held_once(small, samples):
+    import torch
+
+    from sdcompile.passes import pruning
+    from sdcompile.samples import Samples
+
+    job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
+    fit = Samples(samples, "unet", held_out=False)
+    pairs = pruning.pairs_of(fit, job)
+    order = torch.randperm(72, generator=torch.Generator().manual_seed(0))
+    whole = torch.from_numpy(np.concatenate([sample.feeds["sample"] for sample in fit]))[order]
+    assert torch.equal(torch.cat([call[0] for call, _ in pairs]), whole)
+    parts = pruning.parts_of(pairs[0][0], 8 * 8 * 5)
+    assert [len(part[0]) for part in parts][:2] == [5, 5]
+    assert len({part[0].untyped_storage().data_ptr() for part in parts}) == 1, "parts are views"
+
+
 @pytest.fixture
 def killed(small, samples, crude, tmp_path, saved_often) -> Path:
     """What a recovery leaves that is killed in its fourth step."""

@@ -195,6 +195,7 @@ OPEN = "{batch: 1, height: [256, 512, 768], width: 512, tokens: [77, 77, 231]}"
         ("kv_pool: {pool: {0: 0}}", "", "kv_pool.pool.0: 0 is out of range: it must be at least 1"),
         ("linear_attention: {levels: [9]}", "", "linear_attention.levels: level '9' has no attention"),
         ("top_k: {k: 0}", "", "top_k.k: 0 is out of range: it must be at least 1"),
+        ("top_k: {k: 77}", "", "top_k.k: 77 is not less than the 77 tokens of the shortest prompt"),
         ("top_k: {k: 77}", OPEN, "top_k.k: 77 is not less than the 77 tokens of the shortest prompt"),
         ("sliced_attention: {slices: {3: 3}}", "", "sliced_attention.slices.3: 3 does not divide the tokens of this"),
         (
@@ -211,6 +212,15 @@ def test_what_cannot_be_is_refused_when_it_is_planned(plan, prune, shapes, expec
     assert "recipe.yaml:10: " in line
 
 
+def test_a_layer_that_the_source_has_simplified_is_not_simplified_again(plan, source):
+    block = "up_blocks.3.attentions.1.transformer_blocks.0"
+    source.edits["unet"] = [{"op": "kv_pool", "module": f"{block}.attn1", "pool": 2}]
+    plan("token_merge: {parts: [attn2]}")
+    plan("token_merge: {ratio: {1: 0.5}}")
+    with pytest.raises(RecipeError, match=r"token_merge\.ratio: attn1 of level 0 has kv_pool already"):
+        plan("token_merge: ")
+
+
 def test_what_adds_up_is_planned_in_one_order(plan):
     steps = plan("{sliced_attention: {slices: {1: 2}}, recover: , top_k: , kv_pool: {pool: {2: 2}}, token_merge: }")
     road = [s.op for s in steps if s.component == "unet" and s.stage == "prune"]
@@ -222,3 +232,16 @@ def test_the_same_function_in_slices_keeps_the_floor_of_its_precision(plan):
     assert sliced["unet.verify.engine"].job.params["floor"]["min_snr_db"] == 60
     assert not [step for step in sliced if step.stage == "calibrate"]
     assert plan("kv_pool: ")["unet.verify.engine"].job.params["floor"]["min_snr_db"] == 0
+
+
+@pytest.mark.parametrize(
+    ("nothing", "something"),
+    [
+        ("{heads: {ratio: 0}, recover: }", "{heads: , recover: }"), ("channels: {ratio: 0}", "channels: "),
+        ("width: {ratio: 0}", "width: {ratio: 0.1}"), ("blocks: {count: 0}", "blocks: {count: 0, remove: [mid_block]}"),
+        ("token_merge: {ratio: {0: 0}}", "token_merge: "), ("kv_pool: {pool: {0: 1}}", "kv_pool: "),
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_lowers_no_floor(plan, nothing, something):
+    floors = [plan(p)["unet.verify.engine"].job.params["floor"]["min_snr_db"] for p in (nothing, something)]
+    assert floors == [60, 0]

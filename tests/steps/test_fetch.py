@@ -63,9 +63,13 @@ def test_only_the_asked_folders_are_read(root: Path) -> None:
 
 def test_edits_of_a_pruned_source_are_part_of_it(root: Path) -> None:
     before = described("model", root.parent)
-    (root / "unet" / "edits.json").write_text('{"version": 1, "edits": []}', encoding="utf-8")
+    (root / "unet" / "edits.json").write_text('{"version": 1, "edits": [{"op": "remove_mid_block"}]}', encoding="utf-8")
     after = described("model", root.parent)
     assert set(after.folder_files("unet")) - set(before.folder_files("unet")) == {"unet/edits.json"}
+    assert (before.edits, after.edits) == ({}, {"unet": [{"op": "remove_mid_block"}]})
+    (root / "unet" / "edits.json").write_text('{"version": 9, "edits": []}', encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"edits\.json has version 9"):
+        described("model", root.parent)
 
 
 def test_the_model_that_ships_with_the_package_is_built_in() -> None:

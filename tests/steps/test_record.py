@@ -370,6 +370,22 @@ def test_calibration_keeps_as_many_calls_as_asked_of_every_region_shape_and_guid
     assert held_out == {"003", "007"}
 
 
+def test_what_is_held_out_has_every_shape_and_both_kinds_of_guidance(inputs):
+    from sdcompile.steps import calibrate, reference
+
+    prompts = [f"a {n}" for n in range(32)]
+    job = recording_job(inputs, prompts=prompts, seed=1000, images=16, max_samples=64)
+    planned = list(calibrate.trajectories(job.params, job.shapes, reference.model_of(job.params, inputs, job)))
+    parts = {held: [t for t in planned if calibrate.held_out(t.number) is held] for held in (True, False)}
+    assert len(parts[True]) == 4
+    for part in parts.values():
+        assert {t.shape for t in part} == {"min", "opt", "max"}
+        assert {t.guidance_scale > 1 for t in part} == {True, False}
+    assert {t.guidance_scale > 1 for t in planned if t.shape == "max"} >= {True}
+    judged, fitted = ({p for t in part for p in t.prompts} for part in parts.values())
+    assert not judged & fitted
+
+
 def test_calibration_sees_no_trajectory_of_verification(calibrated, recorded):
     fitted, verified = index(calibrated)["trajectories"], index(recorded)["trajectories"]
     assert not {p for t in fitted for p in t["prompts"]} & {p for t in verified for p in t["prompts"]}
