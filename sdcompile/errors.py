@@ -15,6 +15,10 @@ Anything else that escapes is our own bug and keeps its traceback.
 from __future__ import annotations
 
 
+class SdcompileWarning(UserWarning):
+    """Something the user should know that does not stop the work, such as a prompt that was cut."""
+
+
 class SdcompileError(Exception):
     """A fault worth explaining: what is wrong (`message`) and what to do about it (`hint`)."""
 

@@ -1,4 +1,4 @@
-"""Putting files where another folder needs them without a second copy on disk.
+"""Putting files where another folder needs them without a second copy on disk, and replacing them whole.
 
 Standard library only.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 
 
@@ -30,6 +31,19 @@ def link_tree(source: Path, target: Path) -> None:
             there = target / path.relative_to(source)
             link(placed.setdefault(_identity(path), path), there)
             placed[_identity(path)] = there
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put `data` at `path`: whoever reads it meanwhile gets all of the old bytes or all of the new. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Other processes, and other threads of this one, may write the same file.
+    fresh = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        fresh.write_bytes(data)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def size_bytes(folder: Path) -> int:

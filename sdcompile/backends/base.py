@@ -91,8 +91,8 @@ class Device(Arrays, Protocol):
 
 @dataclass(frozen=True)
 class Host:
-    """How a host wants engines opened: worker threads (None = the library's choice) and a
-    folder for compiled-model caches (None = do not cache)."""
+    """How a host wants engines opened: worker threads (None = the library's choice) and a folder for
+    compiled-model caches (None = do not cache, or where the user's caches are: the backend's choice)."""
 
     threads: int | None = None
     cache: Path | None = None
@@ -156,7 +156,7 @@ class Backend:
     lacks      (what `probe` found, precision, options) -> why this machine, though the backend is here, cannot
                build such an engine ("" = it can)
     fits       dir -> which of the engines in it this machine runs ("" where there is one for all), nothing
-               loaded; raises HostError. Called only where `probe` finds the backend available
+               loaded; raises HostError, also where the backend is not available at all
     """
 
     name: str
@@ -178,6 +178,15 @@ class Backend:
     refuses: Callable[[Precision, BaseModel], list[str]] = _takes_all
     lacks: Callable[[Probe, Precision, BaseModel], str] = _lacks_nothing
     fits: Callable[[Path], str] = _fits_all
+
+
+def rebuilding(component: str, backend: str) -> str:
+    """What to type so that a recipe's `component` is built by another `backend`.
+
+    Options of a build are each backend's own, and a component may have its own backend: both are unset.
+    """
+    own = f"components.{component}"
+    return f"sdcompile build RECIPE --set backend={backend} --set build= --set {own}.backend= --set {own}.build="
 
 
 def is_constant(array: np.ndarray) -> bool:

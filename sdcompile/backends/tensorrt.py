@@ -20,7 +20,8 @@ from sdcompile.backends.base import Backend, Host, Probe, read_card
 from sdcompile.backends.trt import driver, targets
 from sdcompile.backends.trt.building import build_engines
 from sdcompile.backends.trt.compiling import Order
-from sdcompile.backends.trt.engine import TrtEngine, fits, open_plan
+from sdcompile.backends.trt.engine import TrtEngine, open_plan
+from sdcompile.backends.trt.fitting import fits, numbers
 from sdcompile.errors import HostError
 from sdcompile.files import link
 from sdcompile.spec import Job, Precision
@@ -39,9 +40,11 @@ class Options(BaseModel):
 
     builder_optimization_level  how long kernels are searched for, as in trtexec
     workspace_mib               scratch memory a kernel may take; unset = all there is
-    hardware_compatibility      "ampere_plus" also runs on other GPUs from Ampere on, slower
-    version_compatible          also runs on later TensorRT versions; the plan then carries code of its own
-    weight_streaming            weights may stay in host memory where the GPU's is short
+    hardware_compatibility      "none": runs on the model of GPU it was built on; "same_compute_capability": also on
+                                other models of its architecture; "ampere_plus": on GPUs from Ampere on, slower
+    version_compatible          also runs on later TensorRT versions; the plan then carries code of its own. Not with
+                                refit: that code cannot do it
+    weight_streaming            weights may stay in host memory where the GPU's is short; without CUDA graphs then
     refit                       weights can be put back in (REFIT_IDENTICAL: the same values)
     strip_plan                  leave weights out of the plan; they are put in from the ONNX when it is opened
     timing_cache                keep kernel timings in the store (faster rebuilds), also in the bundle, or not at all
@@ -69,6 +72,10 @@ class Options(BaseModel):
         if self.strip_plan and not self.refit:
             text = "strip_plan needs refit: true, or the weights could not be put back"
             raise PydanticCustomError("sdcompile", "{text}", {"text": text})
+        if self.version_compatible and self.refit:
+            # NVIDIA, "How TensorRT Works", Runtime Options: the lean runtime "cannot refit or serialize engines".
+            text = "version_compatible engines are run by TensorRT's lean runtime, which cannot refit: leave one out"
+            raise PydanticCustomError("sdcompile", "{text}", {"text": text})
         return self
 
 
@@ -76,7 +83,7 @@ def probe() -> Probe:
     version = next(filter(None, map(machine.version, _DISTRIBUTIONS)), None)
     if version is None:
         return Probe(available=False, reason="tensorrt is not installed", hint=_HINT)
-    if not OLDEST <= _numbers(version) < NEWEST:
+    if not OLDEST <= numbers(version)[:2] < NEWEST:
         return Probe(
             available=False, version=version, hint=_HINT,
             reason=f"tensorrt {version} is installed; this sdcompile works with {OLDEST[0]}.{OLDEST[1]} to 11.x",
@@ -86,10 +93,6 @@ def probe() -> Probe:
         return Probe(available=False, version=version, reason=found.reason, hint=_ELSEWHERE)
     names = tuple(device.name for device in found.devices)
     return Probe(available=True, version=version, devices=names, identity=found.identity)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def order(options: Options, job: Job, onnx: Path, version: str, identity: Mapping[str, str]) -> Order:
@@ -132,11 +135,13 @@ def build(src: Path, out: Path, job: Job) -> None:
     given = order(options, job, src / "model.onnx", found.version, found.identity)
     ampere = options.hardware_compatibility == "ampere_plus"
     target = targets.AMPERE_PLUS if ampere else found.identity["architecture"]
-    build_engines(BACKEND.name, src, out, job, {target: given}, fused_attention=options.fused_attention)
+    build_engines(
+        BACKEND.name, src, out, job, {target: given}, fused_attention=options.fused_attention, built_on=found.identity
+    )
     if options.strip_plan:
         for path in sorted(src.glob("model.onnx*")):
             link(path, out / path.name)
-    if options.timing_cache == "bundle" and given.timing_cache is not None:
+    if options.timing_cache == "bundle" and given.timing_cache is not None and given.timing_cache.is_file():
         shutil.copy2(given.timing_cache, out / "timing.cache")
 
 
@@ -198,5 +203,6 @@ BACKEND = Backend(
     fits=fits_here,
     memory=(1.6, 0.6),
     packages=_DISTRIBUTIONS,
+    revision=2,
     host_bound=True,
 )

@@ -16,7 +16,8 @@ from sdcompile.backends.base import Backend, Host, Probe, read_card
 from sdcompile.backends.trt import driver, targets
 from sdcompile.backends.trt.building import build_engines
 from sdcompile.backends.trt.compiling import Order
-from sdcompile.backends.trt.engine import TrtEngine, fits, open_plan
+from sdcompile.backends.trt.engine import TrtEngine, open_plan
+from sdcompile.backends.trt.fitting import fits
 from sdcompile.errors import HostError
 from sdcompile.spec import Job, Precision
 
@@ -33,7 +34,7 @@ class Options(BaseModel):
 
     compute_capabilities  one engine each; "portable" runs on every RTX GPU from Ampere on
     workspace_mib         scratch memory a kernel may take; unset = all there is
-    weight_streaming      weights may stay in host memory where the GPU's is short
+    weight_streaming      weights may stay in host memory where the GPU's is short; without CUDA graphs then
     fused_attention       stop the build when an fp16 or int8 engine computes an attention in several kernels
     cuda_graphs           replay each shape as one CUDA graph after its first call
     device_latents        latents stay on the GPU between steps, where nothing has to look at them on the host
@@ -86,12 +87,17 @@ def build(src: Path, out: Path, job: Job) -> None:
         raise HostError(f"backend tensorrt_rtx cannot build here: {found.reason}", found.hint)
     assert job.spec is not None
     options = Options.model_validate(dict(job.params.get("options") or {}))
+    wanted = {
+        "WEIGHT_STREAMING": options.weight_streaming,
+        # What NVIDIA requires of an engine whose work is captured as a CUDA graph. It excludes weight streaming.
+        "REQUIRE_USER_ALLOCATION": options.cuda_graphs and not options.weight_streaming,
+    }
     nowhere = Path()
     orders: dict[str, Order] = {
         target: Order(
             module="tensorrt_rtx", version=VERSION, onnx=src / "model.onnx", plan=nowhere, log=nowhere, table=nowhere,
             profile=job.spec.profile(job.shapes), target=None if target == targets.PORTABLE else target.upper(),
-            flags=("WEIGHT_STREAMING",) if options.weight_streaming else (),
+            flags=tuple(name for name, on in wanted.items() if on),
             workspace=None if options.workspace_mib is None else options.workspace_mib << 20,
         )
         for target in dict.fromkeys(options.compute_capabilities)
@@ -127,5 +133,6 @@ BACKEND = Backend(
     fits=fits_here,
     memory=(1.6, 0.6),
     packages=("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+    revision=2,
     refuses=refuses,
 )

@@ -9,14 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sdcompile.errors import SdcompileWarning
+
 if TYPE_CHECKING:
     from sdcompile.runtime.pipeline import Pipeline
 
 __all__ = ["SdcompileWarning", "load"]
-
-
-class SdcompileWarning(UserWarning):
-    """Something the user should know that does not stop the work, such as a prompt that was cut."""
 
 
 def load(
@@ -35,7 +33,8 @@ def load(
     """Open the bundle folder `path`; engines themselves are opened when a request first needs them.
 
     threads       worker threads per engine; None = the library's choice
-    cache         folder for compiled-model caches; None = no cache
+    cache         folder for compiled-model caches; None = no cache, but for kernels that TensorRT-RTX makes on the
+                  GPU: they are kept in the user's cache folder (XDG_CACHE_HOME or ~/.cache, sdcompile)
     memory        "low": at most one engine is open at a time, so that the peaks of text encoder,
                   denoiser and VAE do not add up (engines are opened anew for every request);
                   "high": engines stay open; "auto": "low" when the engines' files times 1.5 and

@@ -14,8 +14,10 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from sdcompile.backends import BACKENDS, Probe
+from sdcompile.backends.base import rebuilding
 from sdcompile.bundle import Manifest
 from sdcompile.errors import BundleError, HostError, RecipeError, SdcompileError, StageError
+from sdcompile.families import FAMILIES
 
 _DEVELOPMENT = ("stub", "reference")  # backends nobody deploys on
 
@@ -116,15 +118,18 @@ def fitting(folder: Path, manifest: Manifest, name: str) -> str:
             "upgrade sdcompile",
         )
     probe = BACKENDS[backend].probe()
-    if probe.available:
-        try:
-            return BACKENDS[backend].fits(folder / manifest.folder_of(name))
-        except StageError as error:
-            if not probe.cannot_run:
-                raise BundleError(error.message, "copy the bundle again, or rebuild it") from error
+    try:
+        fit = BACKENDS[backend].fits(folder / manifest.folder_of(name))
+        if probe.available:
+            return fit
+    except StageError as error:
+        if probe.available and not probe.cannot_run:
+            raise BundleError(error.message, "copy the bundle again, or rebuild it") from error
+        if probe.cannot_run:
             raise HostError(f"{name} ({backend}) cannot run here: {probe.cannot_run}") from error
     here = [b.name for b in BACKENDS.values() if b.name not in _DEVELOPMENT and _runs(b.probe())]
-    rebuild = f"sdcompile build RECIPE --set backend={here[0] if here else 'onnxruntime'}"
+    plain = FAMILIES[manifest.family].plain(name) if manifest.family in FAMILIES else name
+    rebuild = rebuilding(plain, here[0] if here else "onnxruntime")
     raise HostError(
         f"{folder}: {name} needs backend {backend}, which cannot run here: {probe.reason}",
         f"{probe.hint}; or rebuild it for this machine: {rebuild}" if probe.hint else f"rebuild it: {rebuild}",

@@ -25,7 +25,10 @@ SOURCE = arrays.KERNELS.with_suffix(".cu")
 class Code(IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222
     CUDA_ERROR_NOT_READY = 600
+    CUDA_ERROR_LAUNCH_FAILED = 719
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
 
 
 def compiled(folder: Path, source: str, library: str) -> Path:
@@ -61,15 +64,17 @@ class FakeCuda:
     def __init__(self, library: ctypes.CDLL | None = None):
         self.calls, self.memory, self.queue, self.captured = [], {}, [], None
         self.arity: defaultdict[str, set[int]] = defaultdict(set)
-        self.fail = ""
+        self.fail, self.fault, self.spoiled = "", Code.CUDA_ERROR_OUT_OF_MEMORY, False
         self.library, self.now = library, 0.0
 
     def __getattr__(self, name):
         def call(*arguments):
             self.calls.append(name)
             self.arity[name].add(len(arguments))
-            if name == self.fail:
-                return (Code.CUDA_ERROR_OUT_OF_MEMORY,)
+            if self.fail in (name, "all"):
+                # Also a capture that went wrong is over.
+                self.captured = None if name == "cuStreamEndCapture" else self.captured
+                return (self.fault,)
             known = getattr(type(self), f"_{name}", None)
             result = known(self, *arguments) if known else None
             if isinstance(result, Code):
@@ -158,7 +163,7 @@ class FakeCuda:
 
     def _cuStreamEndCapture(self, stream):  # noqa: N802
         graph, self.captured = self.captured, None
-        return graph
+        return Code.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED if self.spoiled else graph
 
     def _cuGraphInstantiate(self, graph, flags):  # noqa: N802
         return list(graph)
@@ -171,15 +176,41 @@ def doubled(feeds):
     return 2 * feeds["x"]
 
 
-def fake_trt(api: FakeCuda, *, loads: bool = True, runs: bool = True, compute=doubled, output: str = "y"):
+SIZE = 4096
+"""Bytes that activations of the played engine take."""
+
+
+def fake_trt(
+    api: FakeCuda,
+    *,
+    loads: bool = True,
+    runs: bool = True,
+    compute=doubled,
+    output: str = "y",
+    capturable: bool = True,
+    captures: bool = True,
+    streams: bool = False,
+):
     """A module with as much of TensorRT-RTX as an engine uses.
 
-    Its engine has one output, `compute` of the inputs: float32 of the first input's shape.
+    Its engine has one output, `compute` of the inputs: float32 of the first input's shape. It is one built with
+    REQUIRE_USER_ALLOCATION unless it `streams` weights. `capturable` is what it says of itself, `captures` whether
+    its work can be captured. A graph whose context was told other shapes since gives NaN.
     """
 
     class Context:
         def __init__(self):
-            self.addresses, self.shapes = {}, {}
+            self.addresses, self.shapes, self.memory = {}, {}, None
+            api.calls.append("context")
+
+        def set_device_memory(self, address, size):
+            assert size == SIZE
+            self.memory = address
+
+        def is_stream_capturable(self, stream):
+            assert stream == api.stream
+            assert self.shapes, "it depends on the shapes"
+            return capturable
 
         def set_tensor_address(self, name, address):
             self.addresses[name] = address
@@ -194,15 +225,24 @@ def fake_trt(api: FakeCuda, *, loads: bool = True, runs: bool = True, compute=do
 
         def execute_async_v3(self, stream):
             assert stream == api.stream
+            assert streams or self.memory, "nobody gave it memory"
             api.calls.append("execute")
-            shapes = dict(self.shapes)
+            shapes, captured = dict(self.shapes), getattr(api, "captured", None) is not None
+            if captured and not captures:
+                api.spoiled = True
+                return False
 
             def run():
+                if captured and self.shapes != shapes:
+                    values(self.addresses[output], next(iter(shapes.values())))[:] = np.nan
+                    return
                 feeds = {name: values(self.addresses[name], shape) for name, shape in shapes.items()}
                 values(self.addresses[output], next(iter(shapes.values())))[:] = compute(feeds)
 
             api.put(run)
             return runs
+
+    strategies = SimpleNamespace(STATIC=0, USER_MANAGED=2)
 
     class Logger:
         Severity = SimpleNamespace(ERROR=1)
@@ -220,6 +260,28 @@ def fake_trt(api: FakeCuda, *, loads: bool = True, runs: bool = True, compute=do
             api.calls.append(f"cache:{bytes(blob).decode()}")
             return True
 
+    class Config:
+        strategy = None
+        create_runtime_cache = Cache
+
+        def set_runtime_cache(self, cache):
+            return True
+
+        def set_execution_context_allocation_strategy(self, strategy):
+            self.strategy = strategy
+
+    class Engine:
+        device_memory_size_v2 = SIZE
+        create_runtime_config = Config
+        weight_streaming_budget_v2 = None
+
+        def get_weight_streaming_automatic_budget(self):
+            return 7
+
+        def create_execution_context(self, config):
+            wanted = strategies.STATIC if streams else strategies.USER_MANAGED
+            return Context() if config.strategy == wanted else None
+
     class Runtime:
         def __init__(self, log):
             api.calls.append("Runtime")
@@ -229,14 +291,12 @@ def fake_trt(api: FakeCuda, *, loads: bool = True, runs: bool = True, compute=do
             if not loads:
                 self.log.log(1, "serialization assertion failed")
                 return None
-            config = SimpleNamespace(create_runtime_cache=Cache, set_runtime_cache=lambda cache: None)
-            return SimpleNamespace(
-                create_runtime_config=lambda: config, create_execution_context=lambda config=None: Context()
-            )
+            return Engine()
 
     return SimpleNamespace(
         __name__="tensorrt_rtx", ILogger=Logger, Runtime=Runtime, IRuntimeCache=Cache,
         DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER=1),
+        ExecutionContextAllocationStrategy=strategies,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 import sdcompile.backends.tensorrt as backend
-from sdcompile.backends import Probe
+from sdcompile.backends import Probe, tensorrt_rtx
 from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError
 from sdcompile.spec import ComponentSpec, Job, Range, TensorSpec
@@ -50,8 +50,11 @@ def test_no_name_that_tensorrt_11_removed_is_used():
     }  # fmt: skip
     for path in SOURCES:
         assert not used_names(path.read_text(encoding="utf-8")) & REMOVED, path.name
-    flags = backend.Options(version_compatible=True, weight_streaming=True, refit=True, strip_plan=True)
-    assert not set(backend.order(flags, JOB, Path("m"), "11.4", GPU).flags) & REMOVED
+    for flags in (
+        backend.Options(version_compatible=True, weight_streaming=True),
+        backend.Options(refit=True, strip_plan=True),
+    ):
+        assert not set(backend.order(flags, JOB, Path("m"), "11.4", GPU).flags) & REMOVED
 
 
 def used_names(source: str) -> set[str]:
@@ -75,6 +78,7 @@ def test_every_name_asked_of_the_module_is_in_tensorrt_rtx_which_has_the_same_ap
     ("options", "said"),
     [
         ({"strip_plan": True}, "strip_plan needs refit: true"),
+        ({"version_compatible": True, "refit": True}, "lean runtime, which cannot refit"),
         ({"builder_optimization_level": 6}, "less than or equal to 5"),
         ({"hardware_compatibility": "turing_plus"}, "ampere_plus"),
         ({"workspace_mib": 0}, "greater than or equal to 1"),
@@ -98,6 +102,23 @@ def test_options_become_flags_and_settings_and_nothing_is_set_unasked():
     assert asked.settings["hardware_compatibility_level"] == "HardwareCompatibilityLevel.AMPERE_PLUS"
     assert asked.workspace == 2 << 20
     assert asked.profile == {"x": ((1, 8, 32), (2, 8, 32), (4, 8, 32))}
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({}, {"REQUIRE_USER_ALLOCATION"}),
+        ({"cuda_graphs": False}, set()),
+        # TensorRT-RTX refuses the two together.
+        ({"weight_streaming": True}, {"WEIGHT_STREAMING"}),
+    ],
+)
+def test_an_rtx_engine_is_fit_for_cuda_graphs_unless_it_is_to_have_none(options, flags, monkeypatch):
+    orders = {}
+    monkeypatch.setattr(tensorrt_rtx, "build_engines", lambda name, src, out, job, given, **_: orders.update(given))
+    monkeypatch.setattr(tensorrt_rtx, "probe", lambda: Probe(True, version=tensorrt_rtx.VERSION))
+    tensorrt_rtx.build(Path("a"), Path("b"), replace(JOB, params={"family": "sd", "options": options}))
+    assert {name for order in orders.values() for name in order.flags} == flags
 
 
 @pytest.mark.parametrize(
@@ -147,7 +168,6 @@ def test_an_order_of_this_backend_builds_with_the_library_that_is_here(tmp_path)
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ("B", 8, 32)) for n in "xy"]
     graph = helper.make_graph([helper.make_node("Softmax", ["x"], ["y"], name="s")], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
-    from sdcompile.backends import tensorrt_rtx
     from sdcompile.backends.trt import compiling
 
     options = backend.Options(workspace_mib=512, hardware_compatibility="ampere_plus", builder_optimization_level=2)

@@ -5,19 +5,21 @@ The played engine computes y = 2x (tests.backends.played_cuda). What it cannot s
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from sdcompile.backends import BACKENDS, Host, Probe, tensorrt_rtx
+from sdcompile.backends import Host, Probe, tensorrt_rtx
 from sdcompile.backends.base import Card, write_card
-from sdcompile.backends.trt import cuda, driver, engine, targets
-from sdcompile.errors import HostError, StageError
+from sdcompile.backends.trt import contexts, cuda, engine
+from sdcompile.errors import SdcompileWarning, StageError
 from sdcompile.spec import ComponentSpec, Range, TensorSpec
-from tests.backends.played_cuda import FakeCuda, fake_trt
+from tests.backends.played_cuda import SIZE, Code, FakeCuda, fake_trt
 
 SPEC = ComponentSpec("unet", (TensorSpec("x", ("B", 3), "float32"),), (TensorSpec("y", ("B", 3), "float32"),))
 CARD = Card(
@@ -51,7 +53,7 @@ def gpu(monkeypatch):
 
 
 def opened(folder, host=None):
-    return engine.open_plan("tensorrt_rtx", "tensorrt_rtx", folder, host or Host(), ADA)
+    return engine.open_plan("tensorrt_rtx", "tensorrt_rtx", folder, host or Host(cache=folder / "cache"), ADA)
 
 
 def rows(count, start=0.0):
@@ -163,15 +165,6 @@ def test_facts_name_the_device_and_which_engine_it_is(folder, gpu):
     assert (facts["device"], facts["target"], facts["precision"]) == ("RTX 4090", "portable", "fp16")
 
 
-def test_kernels_made_on_the_machine_are_kept_where_the_host_allows(folder, gpu, tmp_path):
-    host = Host(cache=tmp_path / "cache")
-    opened(folder, host).close()
-    (kept,) = (tmp_path / "cache").iterdir()
-    assert kept.name == "unet-portable-sm89.rtxcache"
-    opened(folder, host).close()
-    assert "cache:kernels" in gpu.calls
-
-
 def test_a_stripped_plan_gets_its_weights_back_before_it_runs(folder, gpu, monkeypatch):
     module = fake_trt(gpu)
     module.Refitter = lambda engine, log: SimpleNamespace(refit_cuda_engine=lambda: gpu.calls.append("refit") or True)
@@ -186,41 +179,146 @@ def test_a_stripped_plan_gets_its_weights_back_before_it_runs(folder, gpu, monke
     assert gpu.calls.index("Runtime") < refitted < gpu.calls.index("execute")
 
 
-# --- refusals ---------------------------------------------------------------------------------
+# --- CUDA graphs and their contexts -----------------------------------------------------------
 
 
-def test_without_a_driver_no_runtime_is_made_and_the_error_says_what_was_built(folder, gpu, monkeypatch):
-    monkeypatch.setattr(driver, "look", lambda: driver.Driver(reason="no NVIDIA driver was found here"))
-    monkeypatch.setattr("sdcompile.machine.version", lambda name: tensorrt_rtx.VERSION)
-    with pytest.raises(HostError, match="was built for portable, sm86 and cannot run here: no NVIDIA driver") as caught:
-        tensorrt_rtx.open_engine(folder, Host())
-    assert "--set backend=openvino" in caught.value.hint
-    assert not gpu.calls
+def test_every_graph_has_a_context_of_its_own_and_all_share_one_block_of_memory(folder, gpu, monkeypatch):
+    running = opened(folder)
+    for count in (2, 3, 2, 3):
+        np.testing.assert_array_equal(running({"x": rows(count)})["y"], 2 * rows(count))
+    assert gpu.calls.count("context") == gpu.calls.count("cuStreamBeginCapture") == 2
+    assert gpu.calls.count("cuGraphLaunch") == 2
+    one = opened(folder)
+    shared = one._spare.context
+    monkeypatch.setattr(one._contexts, "new", lambda: shared)
+    for count in (2, 3):
+        one({"x": rows(count)})
+    assert np.isnan(one({"x": rows(2)})["y"]).any(), "with one context for all, a graph would be undefined"
+    # x, y and the activations.
+    assert len([size for size in gpu.memory.values() if len(size) == SIZE]) == 2, "one an engine"
 
 
-def test_a_gpu_it_was_not_built_for_is_named_with_the_command_that_builds_for_it(folder, gpu):
-    hopper = replace(ADA, identity={"gpu": "H100", "architecture": "sm90", "driver": "CUDA 13.0"})
-    with pytest.raises(HostError, match=r"built for portable, sm86; the GPU here is H100 \(sm90\)") as caught:
-        engine.fits(CARD, hopper)
-    assert "--set backend=tensorrt " in caught.value.hint, "TensorRT-RTX has no such target"
-    ada = replace(CARD, measured={**CARD.measured, "engines": {"sm86": {}}})
-    with pytest.raises(HostError, match=r"built for sm86; the GPU here is RTX 4090 \(sm89\)") as caught:
-        engine.fits(ada, ADA)
-    assert "--set 'build.compute_capabilities=[sm89]'" in caught.value.hint
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ({"capturable": False}, "tensorrt_rtx cannot capture its work"),
+        ({"captures": False}, "unet: the engine does not run: no reason given"),
+    ],
+)
+def test_what_cannot_be_captured_runs_without_graphs_and_says_so_once(fault, why, folder, gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_trt(gpu, **fault))
+    running = opened(folder)
+    assert running.facts["cuda_graphs"], "so far"
+    with pytest.warns(SdcompileWarning, match=f"unet: it runs without CUDA graphs: {why}"):
+        first = running({"x": rows(2)})["y"]
+    np.testing.assert_array_equal(first, 2 * rows(2))
+    for count in (3, 2, 4):  # a second warning would be an error here
+        np.testing.assert_array_equal(running({"x": rows(count)})["y"], 2 * rows(count))
+    assert (running.facts["cuda_graphs"], running.facts["cuda_graphs_off"]) == (False, why)
+    assert "cuGraphLaunch" not in gpu.calls
+    assert gpu.calls.count("context") == 2, "that of the shape that was tried, and one for all others"
+    running.close()
+    assert not gpu.memory
 
 
-def test_another_version_of_the_library_is_refused(folder):
-    with pytest.raises(HostError, match=r"built with version 1\.7\.1\.116 .* 1\.8\.0 is installed"):
-        engine.fits(CARD, replace(ADA, version="1.8.0"))
+@pytest.mark.parametrize("broken", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
+def test_a_driver_that_cannot_capture_is_no_fault_of_the_call(broken, folder, gpu):
+    running = opened(folder)
+    gpu.fail = broken
+    with pytest.warns(SdcompileWarning, match=f"CUDA: {broken} failed"):
+        np.testing.assert_array_equal(running({"x": rows(2)})["y"], 2 * rows(2))
+    assert broken in running.facts["cuda_graphs_off"]
 
 
-def test_a_missing_library_and_missing_bindings_are_host_errors(folder, gpu, monkeypatch):
-    with pytest.raises(HostError, match="tensorrt_rtx is not installed"):
-        engine.fits(CARD, Probe(available=False, reason="tensorrt_rtx is not installed", hint="pip install x"))
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(HostError, match="cuda-bindings is not installed"):
-        cuda.load()
+def test_streamed_weights_run_without_graphs_in_a_context_with_memory_of_its_own(folder, gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_trt(gpu, streams=True))
+    write_card(folder, replace(CARD, params={"options": {"weight_streaming": True}}))
+    running = opened(folder)
+    assert running._engine.weight_streaming_budget_v2 == 7
+    for count in (2, 3):
+        np.testing.assert_array_equal(running({"x": rows(count)})["y"], 2 * rows(count))
+    assert "cuStreamBeginCapture" not in gpu.calls
+    assert gpu.calls.count("context") == 1
+    assert running.facts["cuda_graphs_off"] == "weights are streamed"
+
+
+def test_an_engine_without_a_context_is_a_stage_error(folder, gpu, monkeypatch):
+    # One built with streamed weights, by its card without: the library gives no context.
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_trt(gpu, streams=True))
+    with pytest.raises(StageError, match="unet: no execution context: no reason given") as caught:
+        opened(folder)
+    assert 'memory="low"' in caught.value.hint
+    assert not gpu.memory
+
+
+# --- kernels of TensorRT-RTX ------------------------------------------------------------------
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_kernels_made_on_the_machine_are_kept_once_a_shape_has_run_and_read_again(folder, gpu, tmp_path):
+    host = Host(cache=tmp_path / "kernels")
+    running = opened(folder, host)
+    running({"x": rows(2)})
+    assert len(kept(tmp_path / "kernels")) == 1, "also of a process that is killed now"
+    assert kept(tmp_path / "kernels")[0].endswith("-RTX-4090.rtxcache")
+    assert not [call for call in gpu.calls if call.startswith("cache:")]
+    opened(folder, host)
+    assert "cache:kernels" in gpu.calls
+    (folder / "portable.plan").write_bytes(b"another")
+    gpu.calls.clear()
+    opened(folder, host)({"x": rows(2)})
+    assert not [call for call in gpu.calls if call.startswith("cache:")], "another model's kernels"
+    assert len(kept(tmp_path / "kernels")) == 2
+    measured = {**CARD.measured, "engines": {"portable": {"plan": "portable.plan", "sha256": "7" * 64}}}
+    write_card(folder, replace(CARD, measured=measured))
+    opened(folder, host)({"x": rows(2)})
+    assert f"{'7' * 32}-RTX-4090.rtxcache" in kept(tmp_path / "kernels")
+
+
+def test_kernels_are_kept_where_the_users_caches_are_unless_a_host_names_a_folder(folder, gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    opened(folder, Host())({"x": rows(1)})
+    assert len(kept(tmp_path / "xdg" / "sdcompile")) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="XDG is not for Windows")
+def test_the_users_cache_is_where_the_platform_has_it(monkeypatch):
+    for value, expected in (("/x", "/x/sdcompile"), ("x", "/h/.cache/sdcompile"), ("", "/h/.cache/sdcompile")):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        monkeypatch.setenv("HOME", "/h")
+        assert contexts.user_cache() == Path(expected)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert contexts.user_cache() is None
+
+
+def test_a_folder_that_takes_no_kernels_fails_no_call(folder, gpu, tmp_path):
+    (tmp_path / "file").write_text("")
+    running = opened(folder, Host(cache=tmp_path / "file"))
+    np.testing.assert_array_equal(running({"x": rows(2)})["y"], 2 * rows(2))
+    running.close()
+    assert not gpu.memory
+
+
+def test_few_files_of_kernels_are_kept_and_none_is_written_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(contexts, "_KEPT", 2)
+    for number in range(4):
+        contexts.KernelFile(tmp_path, f"{number}" * 64, "L4").write(b"kernels")
+        os.utime(tmp_path / f"{str(number) * 32}-L4.rtxcache", (number, number))
+    assert kept(tmp_path) == [f"{n * 32}-L4.rtxcache" for n in "23"]
+    again = contexts.KernelFile(tmp_path, "3" * 64, "L4")
+    assert again.read() == b"kernels"
+    monkeypatch.setattr(contexts, "write_whole", lambda *_: pytest.fail("nothing changed"))
+    again.write(b"kernels")
+
+
+# --- failures ---------------------------------------------------------------------------------
 
 
 def test_a_plan_that_does_not_load_is_a_stage_error_with_the_librarys_words(folder, gpu, monkeypatch):
@@ -250,73 +348,43 @@ def test_a_shape_it_was_not_built_for_is_refused_before_anything_is_copied(folde
     assert gpu.calls == ["cuCtxSetCurrent"]
 
 
-# --- choosing and looking ---------------------------------------------------------------------
+# --- a driver that is old, and a GPU that is lost -----------------------------------------------
+
+
+def test_a_driver_that_does_not_know_the_kernels_leaves_the_latents_on_the_host(folder, gpu):
+    gpu.fail, gpu.fault = "cuModuleLoadData", Code.CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+    with pytest.warns(SdcompileWarning, match="latents come to the host at every step: .*UNSUPPORTED_PTX.*CUDA 12.0"):
+        running = opened(folder)
+    assert running.arrays is None
+    assert not running.facts["device_latents"]
+    assert "CUDA_ERROR_UNSUPPORTED_PTX_VERSION" in running.facts["device_latents_off"]
+    np.testing.assert_array_equal(running({"x": rows(2)})["y"], 2 * rows(2))
+    gpu.fail = ""
+    assert opened(folder).facts["device_latents"]
 
 
 @pytest.mark.parametrize(
-    ("built", "device", "chosen"),
+    ("fault", "hint"),
     [
-        (("portable", "sm89"), "sm89", "sm89"),
-        (("portable", "sm89"), "sm86", "portable"),
-        (("portable",), "sm75", None),
-        (("portable",), "sm90", None),
-        (("sm86",), "sm89", None),
-        (("ampere_plus",), "sm90", "ampere_plus"),
-        (("ampere_plus",), "sm75", None),
+        (Code.CUDA_ERROR_OUT_OF_MEMORY, "weight_streaming"),
+        (Code.CUDA_ERROR_LAUNCH_FAILED, "nvidia-smi"),
+        (Code.CUDA_ERROR_NOT_READY, ""),
     ],
 )
-def test_a_gpu_gets_its_own_engine_else_the_portable_one(built, device, chosen):
-    assert targets.choose(built, device) == chosen
+def test_faults_of_the_driver_come_with_what_to_do(fault, hint, folder, gpu):
+    gpu.fail, gpu.fault = "cuMemHostAlloc", fault
+    with pytest.raises(StageError, match=fault.name) as caught:
+        opened(folder)
+    assert hint in caught.value.hint
+    assert bool(hint) == bool(caught.value.hint)
 
 
-class FakeLibrary:
-    """libcuda.so.1 as ctypes sees it."""
-
-    def __init__(self, count=1, init=0):
-        self.count, self.init = count, init
-
-    def cuInit(self, flags):  # noqa: N802
-        return self.init
-
-    def cuDriverGetVersion(self, version):  # noqa: N802
-        version._obj.value = 13000
-        return 0
-
-    def cuDeviceGetCount(self, count):  # noqa: N802
-        count._obj.value = self.count
-        return 0
-
-    def cuDeviceGet(self, device, index):  # noqa: N802
-        device._obj.value = index
-        return 0
-
-    def cuDeviceGetName(self, name, size, device):  # noqa: N802
-        name.value = b"NVIDIA GeForce RTX 4090"
-        return 0
-
-    def cuDeviceTotalMem_v2(self, memory, device):  # noqa: N802
-        memory._obj.value = 24 << 30
-        return 0
-
-    def cuDeviceGetAttribute(self, value, attribute, device):  # noqa: N802
-        value._obj.value = {75: 8, 76: 9}[attribute]
-        return 0
-
-
-def test_the_driver_tells_its_devices():
-    found = driver.ask(FakeLibrary())
-    assert found.devices == (driver.Device("NVIDIA GeForce RTX 4090", "sm89", 24 << 30),)
-    assert found.identity == {"gpu": "NVIDIA GeForce RTX 4090", "architecture": "sm89", "driver": "CUDA 13.0"}
-    assert found.reason == ""
-
-
-def test_a_driver_without_a_gpu_and_one_that_does_not_start_are_reasons():
-    assert driver.ask(FakeLibrary(count=0)).reason == "no NVIDIA GPU was found here"
-    assert "cuInit: CUDA error 100" in driver.ask(FakeLibrary(init=100)).reason
-
-
-def test_plans_refuse_what_no_compiler_could_build():
-    backend = BACKENDS["tensorrt_rtx"]
-    said = backend.refuses("fp32", backend.options(compute_capabilities=("sm75", "sm89")))
-    assert said == ["fp32 engines cannot be built for sm75: Turing has no FP32 GEMM in TensorRT-RTX"]
-    assert backend.refuses("fp16", backend.options(compute_capabilities=("sm75",))) == []
+def test_a_lost_gpu_is_the_error_of_the_call_and_closing_does_not_hide_it(folder, gpu):
+    running = opened(folder)
+    running({"x": rows(2)})
+    gpu.fail, gpu.fault = "all", Code.CUDA_ERROR_LAUNCH_FAILED
+    with pytest.raises(StageError, match="CUDA_ERROR_LAUNCH_FAILED"):
+        running({"x": rows(2)})
+    running.close()
+    with pytest.raises(StageError, match="cuInit failed"):
+        opened(folder)

@@ -69,6 +69,13 @@ def typed_product(folder: Path, kind: str) -> Path:
             node("Cast", ["c"], ["y"], to=int(TensorProto.FLOAT)),
         ]  # fmt: skip
         return save(folder, nodes, [tensor("w", weight)])
+    if kind == "int4":  # weights alone
+        weights = [tensor("w", np.clip(weight * 3, -8, 7).astype(np.int8), "INT4")]
+        nodes = [
+            node("Cast", ["x"], ["h"], to=half), node("DequantizeLinear", ["w", "s"], ["b"], axis=0, block_size=32),
+            node("MatMul", ["h", "b"], ["c"]), node("Cast", ["c"], ["y"], to=int(TensorProto.FLOAT)),
+        ]  # fmt: skip
+        return save(folder, nodes, [*weights, tensor("s", np.full((1, 32), 0.3, np.float16))])
     zero = {"int8": "INT8", "float8e4m3fn": "FLOAT8E4M3FN"}[kind]
     weights = [
         tensor("w", weight.astype(np.float16)), tensor("s", np.float16(0.05)), tensor("z", [0], zero),
@@ -164,6 +171,15 @@ def test_a_profile_whose_min_is_above_its_opt_is_refused(tmp_path):
         compiled(source, tmp_path / "out", profile={"x": ((4, 8, 32), (2, 8, 32), (4, 8, 32))})
 
 
+def test_a_profile_of_one_shape_makes_an_engine_of_that_shape(tmp_path):
+    source = typed_product(tmp_path, "float16")
+    (bound,) = [
+        io for io in compiled(source, tmp_path / "out", profile={"x": ((2, 8, 32),) * 3})["io"] if io["profile"]
+    ]
+    assert bound["name"] == "x"
+    assert {tuple(shape) for shape in bound["profile"].values()} == {(2, 8, 32)}
+
+
 def test_a_profile_must_name_the_inputs_of_the_graph(tmp_path):
     source = typed_product(tmp_path, "float16")
     with pytest.raises(StageError, match="the graph has inputs x where its spec says z"):
@@ -172,11 +188,21 @@ def test_a_profile_must_name_the_inputs_of_the_graph(tmp_path):
 
 # --- targets ----------------------------------------------------------------------------------
 
-REFUSED = {(row.type, target): row for row in targets.LIMITS for target in row.targets}
+REFUSED = {(row.type, target) for row in targets.LIMITS for target in row.targets}
+OLDEST = {
+    "float32": "sm80", "float16": "sm75", "bfloat16": "sm80", "int8": "sm80", "int4": "sm80", "float8e4m3fn": "sm89",
+}  # fmt: skip
+"""Type -> the oldest target that takes it."""
 
 
-@pytest.mark.parametrize("target", ["sm75", "sm86", "sm89", "portable"])
-@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "int8", "float8e4m3fn"])
+def test_a_type_is_refused_for_every_target_before_the_oldest_that_takes_it():
+    before = {(kind, f"sm{n}") for kind, oldest in OLDEST.items() for n in (75, 80, 86) if f"sm{n}" < oldest}
+    assert before == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), sorted(REFUSED | set(OLDEST.items()) | {(kind, "portable") for kind in OLDEST})
+)
 def test_the_table_of_targets_says_what_the_compiler_says(kind, target, tmp_path):
     source = typed_product(tmp_path, kind)
     capability = None if target == "portable" else target.upper()
@@ -185,7 +211,7 @@ def test_the_table_of_targets_says_what_the_compiler_says(kind, target, tmp_path
             compiled(source, tmp_path / "out", capability)
         return
     rows = compiled(source, tmp_path / "out", capability)["layers"]
-    words = {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int8": "Int8"}
+    words = {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int8": "Int8", "int4": "Half"}
     computing = {row["computes"] for row in rows if row["kind"] == "gemm"}
     assert computing == ({words[kind]} if kind in words else computing)
     assert computing

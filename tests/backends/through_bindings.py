@@ -43,7 +43,7 @@ def main(folder: Path) -> dict[str, bool]:
     (folder / "portable.plan").write_bytes(b"plan")
 
     def opened(compute: Any) -> tuple[Any, Any]:
-        return engine.open_plan("tensorrt_rtx", "tensorrt_rtx", folder, Host(), HERE), played
+        return engine.open_plan("tensorrt_rtx", "tensorrt_rtx", folder, Host(cache=folder), HERE), played
 
     arrays = DeviceArrays(cuda.Gpu(cuda.load()), run=lambda feeds: {})
     arrays.begin()

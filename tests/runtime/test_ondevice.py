@@ -72,7 +72,7 @@ def opened(library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         card = Card("tensorrt_rtx", "unet", "fp16", SPEC, SHAPES | {"R": rows}, {"options": options}, FACTS)
         write_card(folder, card)
         (folder / "portable.plan").write_bytes(b"plan")
-        return engine.open_plan("tensorrt_rtx", "tensorrt_rtx", folder, Host(), HERE), api
+        return engine.open_plan("tensorrt_rtx", "tensorrt_rtx", folder, Host(cache=tmp_path), HERE), api
 
     return open_it
 

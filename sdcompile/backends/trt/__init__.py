@@ -6,6 +6,8 @@
     compiling  ONNX -> plan, in a process of its own
     layers     the compiler's own table of what it made, and the claims it has to bear out
     cuda       device memory, streams, graphs and kernels through cuda-bindings
+    fitting    which of an engine's plans this machine runs, and what to type where it runs none
+    contexts   execution contexts of an engine, the memory they share, and the kernels RTX makes for them
     engine     the plan on a GPU
     arrays     latents that stay on the GPU between two calls of an engine; kernels.cu, and kernels.ptx made of it
 

@@ -11,7 +11,6 @@ import ctypes
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +70,10 @@ class DeviceArray:
 
 
 class DeviceArrays:
-    """`run` is the engine whose stream `gpu` has: feeds of host and device to outputs on the device."""
+    """`run` is the engine whose stream `gpu` has: feeds of host and device to outputs on the device.
+
+    Raises StageError where the driver does not take the kernels: one from before CUDA 12.0 does not know their PTX.
+    """
 
     known = False
     most_terms = MOST_TERMS
@@ -83,10 +85,7 @@ class DeviceArrays:
         self._staging: dict[int, tuple[np.ndarray, Any]] = {}
         self._events: list[Any] = []
         self._marks = 0
-
-    @cached_property
-    def _kernels(self) -> Mapping[str, Any]:
-        return self._gpu.kernels(KERNELS.read_bytes(), ("scaled", "weighted", "guided", "count_bad"))
+        self._kernels = gpu.kernels(KERNELS.read_bytes(), ("scaled", "weighted", "guided", "count_bad"))
 
     def begin(self) -> None:
         self._gpu.enter()

@@ -7,6 +7,7 @@ layers.json     the compiler's own layer tables and what each engine claims
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +23,23 @@ from sdcompile.backends.trt.graph import Promise, promise
 from sdcompile.errors import StageError
 from sdcompile.spec import Job
 
+_LAST = 5
+"""Lines of the library's log that an error repeats."""
+
 
 def build_engines(
-    backend: str, src: Path, out: Path, job: Job, orders: Mapping[str, Order], *, fused_attention: bool
+    backend: str,
+    src: Path,
+    out: Path,
+    job: Job,
+    orders: Mapping[str, Order],
+    *,
+    fused_attention: bool,
+    built_on: Mapping[str, str] | None = None,
 ) -> None:
     """Build every order (target -> what to build; its files are named here) and describe them in engine.json.
+
+    `built_on` is the GPU (`driver.Driver.identity`) whose kernels were chosen, where one was needed.
 
     Raises StageError when the library refuses the graph or a target, or when an engine does not
     bear out what its precision claims.
@@ -59,7 +72,8 @@ def build_engines(
     }
     (out / LAYERS).write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
     version = next(iter(orders.values())).version
-    write_card(out, card_from_job(backend, job, {"version": version, "engines": measured}))
+    here = {"built_on": dict(built_on)} if built_on else {}
+    write_card(out, card_from_job(backend, job, {"version": version, "engines": measured, **here}))
 
 
 def _one(order: Order, target: str, out: Path, job: Job, say: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -69,13 +83,27 @@ def _one(order: Order, target: str, out: Path, job: Job, say: Any) -> tuple[dict
         try:
             peak = compile_plan(order, say, f"{job.component} for {target}")
         except StageError as error:
-            raise StageError(f"{job.component} for {target}: {error.message}", error.hint) from error
+            message = f"{job.component} for {target}: {error.message}{_last_words(order.log, error.message)}"
+            raise StageError(message, error.hint) from error
         text, log = table.read_text(encoding="utf-8"), order.log.read_text(encoding="utf-8")
     try:
         read = layers.parse(text, log) if text.startswith(TABLE) else layers.parse_inspector(text, log)
     except ValueError as error:
         raise StageError(f"{job.component} for {target}: {error}", "this is a fault of sdcompile: report it") from error
-    return read, {"plan": order.plan.name, "bytes": order.plan.stat().st_size, "peak_bytes": peak, **read["summary"]}
+    with order.plan.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    measured = {"plan": order.plan.name, "sha256": digest, "bytes": order.plan.stat().st_size, "peak_bytes": peak}
+    return read, {**measured, **read["summary"]}
+
+
+def _last_words(log: Path, told: str) -> str:
+    """What the library said last, but for what `told` has of it: the folder goes with a failed step, and its log."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    new = [line for line in lines if line.partition("] ")[2].strip() not in told]
+    return "".join(f"\n  {line}" for line in ("its log ends with:", *new[-_LAST:])) if new else ""
 
 
 def _claims(table: Mapping[str, Any], promised: Promise, job: Job, fused_attention: bool) -> list[layers.Claim]:

@@ -7,10 +7,10 @@ both API generations (10.x, 11.x): it names no precision flag, the ONNX carries 
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -19,10 +19,14 @@ from typing import Any
 
 from sdcompile import isolated
 from sdcompile.errors import HostError, StageError
+from sdcompile.files import write_whole
 from sdcompile.spec import Say
 
 TABLE = "Layers:\n"
 """How the message starts that holds the layer table."""
+
+_CAPTURABLE = "REQUIRE_USER_ALLOCATION"
+"""The flag of an engine that must be fit for CUDA graphs."""
 
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
@@ -33,7 +37,7 @@ class Order:
 
     module        "tensorrt_rtx" or "tensorrt"
     version       what `module` has to be
-    onnx, plan    the files read and written; `log` gets the messages and `table` the layer table, as text
+    onnx, plan    the files read and written; `log` gets the messages as they come and `table` the layer table, as text
     profile       input name -> (min, opt, max) shape
     target        compute capability of TensorRT-RTX's AOT build ("SM89"), None for its portable engine
     flags         names of BuilderFlag to set
@@ -69,7 +73,7 @@ def work(order: Order, say: Say) -> None:
     trt = import_module(order.module)
     if trt.__version__ != order.version:
         raise HostError(f"{order.module} {trt.__version__} was loaded where {order.version} is installed")
-    log = _log(trt)
+    log = _log(trt, order.log)
     builder = trt.Builder(log)
     network = builder.create_network(_typed(trt))
     parse(trt, network, log, order.onnx)
@@ -80,14 +84,15 @@ def work(order: Order, say: Say) -> None:
         _read_timings(config, order.timing_cache)
     with order.plan.open("wb") as file:
         built = builder.build_serialized_network_to_stream(network, config, _writer(trt, file))
-    order.log.write_text("".join(f"{line}\n" for line in log.told), encoding="utf-8")
     if monitor.stopped.is_set():
         raise KeyboardInterrupt
     if not built:
-        raise StageError(f"{order.module} cannot build {order.plan.stem}: {log.reason()}")
+        # RTX can tell only here that a graph allocates while it runs (data-dependent shapes).
+        hint = "build it with `build: {cuda_graphs: false}`" if _CAPTURABLE in log.reason() else ""
+        raise StageError(f"{order.module} cannot build {order.plan.stem}: {log.reason()}", hint)
     if order.timing_cache is not None:
         _keep_timings(config, order.timing_cache)
-    order.table.write_text(log.table or _inspected(trt, log, order.plan), encoding="utf-8")
+    order.table.write_text(log.table or _inspected(trt, log, order), encoding="utf-8")
 
 
 def parse(trt: Any, network: Any, log: Any, onnx: Path) -> None:
@@ -133,36 +138,50 @@ def _typed(trt: Any) -> int:
 
 
 def _read_timings(config: Any, path: Path) -> None:
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    # Timings of another GPU or version are refused by the library, not silently used.
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    """Build with the timings in `path`, or with none where they are missing, damaged or another GPU's."""
+    kept = b""
+    with suppress(OSError):
+        kept = path.read_bytes()
+    for blob in dict.fromkeys((kept, b"")):
+        cache = config.create_timing_cache(blob)
+        # Timings of another GPU or version are refused by the library, not silently used.
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
 
 
 def _keep_timings(config: Any, path: Path) -> None:
-    """Replaced whole: another build may read it meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    fresh.replace(path)
+    """Timings only save time: what cannot be kept does not undo a finished build."""
+    cache = config.get_timing_cache()
+    blob = None if cache is None else cache.serialize()
+    if blob is not None:
+        with suppress(OSError):
+            write_whole(path, bytes(memoryview(blob)))
 
 
-def _inspected(trt: Any, log: Any, plan: Path) -> str:
+def _inspected(trt: Any, log: Any, order: Order) -> str:
     """The layer table as the engine inspector's JSON: only where there is a GPU to load the plan on."""
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan.read_bytes())
+    runtime = trt.Runtime(log)
+    if "VERSION_COMPATIBLE" in order.flags:
+        # Such a plan brings the runtime that executes it, as machine code.
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(order.plan.read_bytes())
     if engine is None:
         raise StageError(f"{trt.__name__} cannot load the engine it has just built: {log.reason()}")
     text: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return text
 
 
-def _log(trt: Any) -> Any:
-    """A logger that keeps what is told at INFO and above, and the layer table, which is told as VERBOSE."""
+def _log(trt: Any, path: Path) -> Any:
+    """A logger that writes what is told at INFO and above, and keeps the layer table, which is told as VERBOSE.
+
+    Message by message: where the library crashes, its last words are what there is to go by.
+    """
     severity = trt.ILogger.Severity
+    path.write_text("", encoding="utf-8")
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.told: list[str] = []
             self.errors: list[str] = []
             self.table = ""
 
@@ -170,7 +189,8 @@ def _log(trt: Any) -> Any:
             if message.startswith(TABLE):
                 self.table = message
             elif int(level) <= int(severity.INFO):
-                self.told.append(f"[{level.name}] {message}")
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(f"[{level.name}] {message}\n")
                 if int(level) <= int(severity.ERROR):
                     self.errors.append(message)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from sdcompile.errors import HostError, StageError
@@ -17,6 +18,31 @@ if TYPE_CHECKING:
 _HINT = "pip install 'sdcompile[tensorrt-rtx]'"
 _THREADS = 256
 """Of a block of a kernel."""
+
+HINT_MEMORY = (
+    "close other programs that use the GPU, ask for smaller or fewer images at once, load the bundle with "
+    'memory="low", or build it with `build: {weight_streaming: true}`'
+)
+_HINT_DRIVER = "update the NVIDIA driver: the kernels need one for CUDA 12.0 or later"
+_HINT_LOST = "start the program again; if it comes back, `nvidia-smi` and the kernel's log (`dmesg`, Xid) say more"
+_HINTS = {
+    "CUDA_ERROR_OUT_OF_MEMORY": HINT_MEMORY,
+    **dict.fromkeys(
+        (
+            "CUDA_ERROR_INVALID_PTX", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "CUDA_ERROR_NO_BINARY_FOR_GPU",
+            "CUDA_ERROR_JIT_COMPILER_NOT_FOUND",
+        ), _HINT_DRIVER,
+    ),
+    **dict.fromkeys(
+        (
+            "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA_ERROR_ECC_UNCORRECTABLE", "CUDA_ERROR_HARDWARE_STACK_ERROR",
+            "CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED", "CUDA_ERROR_LAUNCH_TIMEOUT",
+            "CUDA_ERROR_CONTEXT_IS_DESTROYED", "CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_UNKNOWN",
+        ), _HINT_LOST,
+    ),
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the driver was updated while it ran: restart the machine",
+}  # fmt: skip
+"""What to do about an error of the driver, by its name in cuda.h."""
 
 
 def load() -> Any:
@@ -32,7 +58,7 @@ class Gpu:
     """The first GPU's primary context and one stream on it. Everything it handed out is freed by `close`.
 
     The primary context is shared with whoever else uses the GPU in this process (torch, onnxruntime).
-    Every failing call raises StageError with CUDA's own name for it.
+    Every failing call raises StageError with CUDA's own name for it, and what to do where that is known.
     """
 
     def __init__(self, api: Any) -> None:
@@ -118,17 +144,25 @@ class Gpu:
         self._call("cuStreamSynchronize", self._stream)
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
-        """What `enqueue` puts on the stream, as a graph for `replay`. Nothing of it is run now."""
+        """What `enqueue` puts on the stream, as a graph for `replay`. Nothing of it is run now.
+
+        Raises what `enqueue` raises, and StageError when it put something there that a graph cannot hold.
+        """
         mode = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", self._stream, mode)
         try:
             enqueue()
+        except BaseException:
+            # The stream would stay in capture, and every later call on it fail. What ending says is of no interest:
+            # the fault is that of `enqueue`, which spoils the capture.
+            with suppress(StageError):
+                self._call("cuGraphDestroy", self._call("cuStreamEndCapture", self._stream))
+            raise
+        graph = self._call("cuStreamEndCapture", self._stream)
+        try:
+            return self._call("cuGraphInstantiate", graph, 0)
         finally:
-            # Also after a fault: the stream would stay in capture, and every later call on it fail.
-            graph = self._call("cuStreamEndCapture", self._stream)
-        executable = self._call("cuGraphInstantiate", graph, 0)
-        self._call("cuGraphDestroy", graph)
-        return executable
+            self._call("cuGraphDestroy", graph)
 
     def replay(self, executable: Any) -> None:
         self._call("cuGraphLaunch", executable, self._stream)
@@ -137,13 +171,17 @@ class Gpu:
         self._call("cuGraphExecDestroy", executable)
 
     def close(self) -> None:
-        self.enter()
+        """Free everything. Of a GPU that was lost nothing can be freed, and what failed before is what counts."""
+        self._frees.insert(0, lambda: self._call("cuDevicePrimaryCtxRelease", self._device))
+        with suppress(StageError):
+            self.enter()
         while self._frees:
-            self._frees.pop()()
-        self._call("cuDevicePrimaryCtxRelease", self._device)
+            with suppress(StageError):
+                self._frees.pop()()
 
     def _call(self, name: str, *arguments: Any) -> Any:
         code, *results = getattr(self._api, name)(*arguments)
         if int(code) != 0:
-            raise StageError(f"CUDA: {name} failed: {getattr(code, 'name', code)}")
+            told = str(getattr(code, "name", code))
+            raise StageError(f"CUDA: {name} failed: {told}", _HINTS.get(told, ""))
         return results[0] if results else None

@@ -1,4 +1,4 @@
-"""A plan of TensorRT or TensorRT-RTX on a GPU: which plan fits, and one call of it.
+"""A plan of TensorRT or TensorRT-RTX on a GPU: opened, and one call of it.
 
 Nothing of either library is touched before the driver has said that there is a GPU: without one
 their runtimes fail late or crash the process.
@@ -6,16 +6,22 @@ their runtimes fail late or crash the process.
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from sdcompile.backends.base import Card, Host, Probe, is_constant, read_card
-from sdcompile.backends.trt import cuda, targets
+from sdcompile.backends.trt import cuda
 from sdcompile.backends.trt.arrays import DeviceArray, DeviceArrays
-from sdcompile.errors import HostError, StageError
+from sdcompile.backends.trt.contexts import Contexts, KernelFile
+from sdcompile.backends.trt.fitting import fits
+from sdcompile.errors import HostError, SdcompileWarning, StageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,41 +32,13 @@ _GRAPHS = 8
 Key = tuple[tuple[int, ...], ...]
 
 
-def fits(card: Card, found: Probe) -> str:
-    """The target of `card`'s engines that runs on this machine.
+@dataclass
+class _Lane:
+    """A context, the shapes it was told last, and its work for them as a CUDA graph."""
 
-    Raises HostError that names what was built, for what, what is here, and how to build for it.
-    """
-    name, built = f"{card.component} ({card.backend})", tuple(card.measured["engines"])
-    if not found.available:
-        raise HostError(f"{name} cannot run here: {found.reason}", found.hint)
-    if found.version != card.measured["version"] and not card.options.get("version_compatible"):
-        raise HostError(
-            f"{name} was built with version {card.measured['version']} of its library; {found.version} is installed, "
-            "and engines run on the version they were built with",
-            f"rebuild it: sdcompile build RECIPE --set backend={card.backend}",
-        )
-    if found.cannot_run:
-        raise HostError(
-            f"{name} was built for {', '.join(built)} and cannot run here: {found.cannot_run}",
-            "run it on a machine with such a GPU, or rebuild it for this one: sdcompile build RECIPE "
-            "--set backend=openvino",
-        )
-    device = found.identity["architecture"]
-    chosen = targets.choose(built, device)
-    if chosen is None:
-        raise HostError(
-            f"{name} was built for {', '.join(built)}; the GPU here is {found.identity['gpu']} ({device})",
-            f"rebuild it for this GPU: {rebuild(card.backend, device)}",
-        )
-    return chosen
-
-
-def rebuild(backend: str, device: str) -> str:
-    """The command that builds for a GPU of architecture `device`: where RTX does not, with TensorRT on that GPU."""
-    if backend == "tensorrt_rtx" and device in get_args(targets.Target):
-        return f"sdcompile build RECIPE --set 'build.compute_capabilities=[{device}]'"
-    return "sdcompile build RECIPE --set backend=tensorrt  (on that machine)"
+    context: Any
+    shapes: Key = ()
+    graph: Any = None
 
 
 def open_plan(backend: str, module: str, folder: Path, host: Host, found: Probe) -> TrtEngine:
@@ -83,6 +61,9 @@ def open_plan(backend: str, module: str, folder: Path, host: Host, found: Probe)
 class TrtEngine:
     """One plan, one stream, buffers for the largest shapes; every shape becomes a CUDA graph after its first call.
 
+    Each graph has a context of its own, which is never told other shapes: a graph holds what its context was when it
+    was captured. Where the library or the driver cannot capture the work, it runs as it is, and `facts` say why.
+
     Feeds go through pinned memory; copies and kernels are ordered by the stream, and a call waits
     for it once, at its end. A read-only array that is fed again (a prompt's embeddings, at every step) is still
     on the device and is not copied again. What `arrays` keeps on the device is copied there and no call waits.
@@ -94,42 +75,58 @@ class TrtEngine:
         self.inputs, self.outputs = card.spec.inputs, card.spec.outputs
         self._card, self._gpu = card, gpu
         self._log = _log(trt)
-        self._runtime_cache = _RuntimeCache(host, card, target, identity)
-        plan = folder / card.measured["engines"][target]["plan"]
+        built = card.measured["engines"][target]
+        plan = folder / built["plan"]
         self._runtime = trt.Runtime(self._log)
         if card.options.get("version_compatible"):
             # Such a plan brings the runtime it was built with, as machine code; bundles are trusted like programs.
             self._runtime.engine_host_code_allowed = True
-        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        content = plan.read_bytes()
+        self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise StageError(f"{plan} does not load: {self._log.reason()}", "copy the bundle again, or rebuild it")
         if card.options.get("strip_plan"):
             self._put_weights_back(trt, folder / "model.onnx")
         if card.options.get("weight_streaming"):
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
-        self._context: Any = self._runtime_cache.context(trt, self._engine)
+        digest = built.get("sha256") or hashlib.sha256(content).hexdigest()
+        del content
         self._host: dict[str, np.ndarray] = {}
         self._device: dict[str, int] = {}
         for tensor in (*self.inputs, *self.outputs):
             size = _size(tensor.shape(card.shapes, "max"), tensor.dtype)
             self._host[tensor.name], self._device[tensor.name] = gpu.pinned(size), gpu.allocate(size)
-            self._must(self._context.set_tensor_address(tensor.name, self._device[tensor.name]), "bind", tensor.name)
         # Input -> the array the device has, if that cannot change.
         self._fed: dict[str, np.ndarray] = {}
         # Inputs whose copies out of pinned memory nobody has waited for.
         self._underway: set[str] = set()
-        self.arrays = DeviceArrays(gpu, self._on_device) if card.options.get("device_latents", True) else None
-        self._graphs: OrderedDict[Key, Any] = OrderedDict()
-        self._use_graphs = bool(card.options.get("cuda_graphs", True))
-        self.facts: Mapping[str, Any] = {
+        # Why there are no graphs; "" = there are. Streamed weights get memory while they run: no capture may hold that.
+        streamed = "weights are streamed" if card.options.get("weight_streaming") else ""
+        self._no_graphs = streamed if card.options.get("cuda_graphs", True) else "turned off in the recipe"
+        self._contexts: Any = Contexts(
+            trt, self._engine, gpu, self._device, KernelFile(host.cache, digest, identity["gpu"]), shared=not streamed
+        )
+        self._lanes: OrderedDict[Key, _Lane] = OrderedDict()
+        self._spare: _Lane | None = self._new_lane()
+        # Shapes whose kernels have been written down.
+        self._kept: set[Key] = set()
+        self._no_arrays = "" if card.options.get("device_latents", True) else "turned off in the recipe"
+        self.arrays = None if self._no_arrays else self._device_arrays()
+        self._facts = {
             "device": identity["gpu"],
             "precision": card.precision,
             "asked": card.precision,
             "target": target,
             **{key: identity[key] for key in ("architecture", "driver")},
             "version": card.measured["version"],
-            "cuda_graphs": self._use_graphs,
         }
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """As of now: whether shapes can become CUDA graphs shows when the first one has run."""
+        off = {"cuda_graphs": self._no_graphs, "device_latents": self._no_arrays}
+        why = {f"{name}_off": reason for name, reason in off.items() if reason}
+        return {**self._facts, **{name: not reason for name, reason in off.items()}, **why}
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         shapes, sent = self._put_on_stream(feeds)
@@ -151,7 +148,7 @@ class TrtEngine:
         self, feeds: Mapping[str, np.ndarray | DeviceArray]
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, np.ndarray]]:
         """Feed and run the engine; the shapes of its outputs, and the arrays that were sent from the host."""
-        assert self._context is not None, "the engine is closed"
+        assert self._engine is not None, "the engine is closed"
         self._gpu.enter()
         arrays = {t.name: feeds[t.name] for t in self.inputs}
         key = tuple(array.shape for array in arrays.values())
@@ -165,8 +162,8 @@ class TrtEngine:
             if isinstance(array, DeviceArray):
                 self._fed.pop(name, None)
                 self._gpu.copy(self._device[name], array.address, array.nbytes)
-        self._run(key)
-        shapes = {t.name: tuple(self._context.get_tensor_shape(t.name)) for t in self.outputs}
+        context = self._run(key)
+        shapes = {t.name: tuple(context.get_tensor_shape(t.name)) for t in self.outputs}
         return shapes, {name: here[name] for name in sent}
 
     def _remember(self, sent: Mapping[str, np.ndarray]) -> None:
@@ -177,15 +174,16 @@ class TrtEngine:
         self._underway.clear()
 
     def close(self) -> None:
-        if self._context is None:
+        if self._engine is None:
             return
-        self._gpu.enter()
-        self._wait()
-        self._runtime_cache.save()
-        while self._graphs:
-            self._gpu.forget(self._graphs.popitem()[1])
-        # Buffers and context go before the engine, the engine before its runtime.
-        self._context = self._engine = self._runtime = None
+        with suppress(StageError):  # of a GPU that was lost there is nothing to wait for
+            self._gpu.enter()
+            self._wait()
+            while self._lanes:
+                self._drop(self._lanes.popitem()[1])
+        # Contexts go before the engine, the engine before its runtime, and all before the memory they use.
+        self._lanes.clear()
+        self._spare = self._contexts = self._engine = self._runtime = None
         self._gpu.close()
 
     def _put_weights_back(self, trt: Any, onnx: Path) -> None:
@@ -195,24 +193,75 @@ class TrtEngine:
         )
         self._must(refitter.refit_cuda_engine(), "take the weights of", str(onnx))
 
-    def _run(self, key: Key) -> None:
-        """Put the engine's work for the shapes `key` on the stream: as a graph from the second call of them on."""
-        for tensor, shape in zip(self.inputs, key, strict=True):
-            self._must(self._context.set_input_shape(tensor.name, shape), "take shape", f"{shape} of {tensor.name}")
-        if key in self._graphs:
-            self._graphs.move_to_end(key)
-            self._gpu.replay(self._graphs[key])
-            return
-        # The first call of a shape finishes its lazy work (kernels, memory), which a capture may not hold.
-        self._enqueue()
-        if self._use_graphs:
-            self._wait()
-            while len(self._graphs) >= _GRAPHS:
-                self._gpu.forget(self._graphs.popitem(last=False)[1])
-            self._graphs[key] = self._gpu.capture(self._enqueue)
+    def _run(self, key: Key) -> Any:
+        """Put the engine's work for the shapes `key` on the stream: as a graph from the second call of them on.
 
-    def _enqueue(self) -> None:
-        self._must(self._context.execute_async_v3(self._gpu.stream), "run", "")
+        Returns the context that knows the shapes of the outputs."""
+        lane = self._lane(key)
+        if lane.graph is not None:
+            self._gpu.replay(lane.graph)
+            return lane.context
+        if lane.shapes != key:
+            for tensor, shape in zip(self.inputs, key, strict=True):
+                self._must(lane.context.set_input_shape(tensor.name, shape), "take shape", f"{shape} of {tensor.name}")
+            lane.shapes = key
+        # The first call of a shape finishes its lazy work (kernels, memory), which a capture may not hold.
+        self._enqueue(lane.context)
+        if key not in self._kept:
+            self._contexts.keep_kernels()
+            self._kept.add(key)
+        if not self._no_graphs:
+            self._wait()
+            self._capture(lane)
+        return lane.context
+
+    def _lane(self, key: Key) -> _Lane:
+        """The lane of the shapes `key`; those that become no graph share one. The one used longest ago makes room."""
+        if self._no_graphs and key not in self._lanes:
+            key = ()
+        if key not in self._lanes:
+            while len(self._lanes) >= _GRAPHS:
+                self._drop(self._lanes.popitem(last=False)[1])
+            self._lanes[key], self._spare = self._spare or self._new_lane(), None
+        self._lanes.move_to_end(key)
+        return self._lanes[key]
+
+    def _new_lane(self) -> _Lane:
+        try:
+            return _Lane(self._contexts.new())
+        except StageError as error:
+            raise StageError(
+                f"{self._card.component}: {error.message}: {self._log.reason()}", cuda.HINT_MEMORY
+            ) from error
+
+    def _drop(self, lane: _Lane) -> None:
+        if lane.graph is not None:
+            self._gpu.forget(lane.graph)
+
+    def _capture(self, lane: _Lane) -> None:
+        """Make the lane's work a graph, or none from now on: after a capture that failed a context still runs."""
+        capturable = getattr(lane.context, "is_stream_capturable", None)  # TensorRT does not tell, RTX does
+        try:
+            if capturable is not None and not capturable(self._gpu.stream):
+                raise StageError(f"{self._card.backend} cannot capture its work")
+            lane.graph = self._gpu.capture(lambda: self._enqueue(lane.context))
+        except StageError as error:
+            self._no_graphs = error.message
+            self._tell("it runs without CUDA graphs", error.message)
+
+    def _device_arrays(self) -> DeviceArrays | None:
+        try:
+            return DeviceArrays(self._gpu, self._on_device)
+        except StageError as error:
+            self._no_arrays = error.message
+            self._tell("its latents come to the host at every step", f"{error.message}; {error.hint}".rstrip("; "))
+            return None
+
+    def _tell(self, what: str, why: str) -> None:
+        warnings.warn(f"{self._card.component}: {what}: {why}", SdcompileWarning, stacklevel=2)
+
+    def _enqueue(self, context: Any) -> None:
+        self._must(context.execute_async_v3(self._gpu.stream), "run", "")
 
     def _stage(self, name: str, array: np.ndarray) -> int:
         """Put `array` into pinned memory; how many bytes the device lacks: none when it was fed this array before.
@@ -246,39 +295,6 @@ class TrtEngine:
         if not done:
             reason = self._log.reason()
             raise StageError(f"{self._card.component}: the engine does not {verb} {what}".rstrip() + f": {reason}")
-
-
-class _RuntimeCache:
-    """TensorRT-RTX finishes its kernels on the machine that runs them; where the host allows, they are kept in a file.
-
-    TensorRT has no such cache: its context is opened plainly.
-    """
-
-    def __init__(self, host: Host, card: Card, target: str, identity: Mapping[str, str]) -> None:
-        name = f"{card.component}-{target}-{identity['architecture']}.rtxcache"
-        self._path = host.cache / name if host.cache is not None else None
-        self._cache: Any = None
-
-    def context(self, trt: Any, engine: Any) -> Any:
-        if not hasattr(trt, "IRuntimeCache"):
-            return engine.create_execution_context()
-        config = engine.create_runtime_config()
-        # Kernels for a new shape are made in the call that brings it: a graph captured before they are would keep
-        # the slow ones.
-        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        self._cache = config.create_runtime_cache()
-        if self._path is not None and self._path.is_file():
-            # A file of another driver or GPU is refused and kernels are made anew.
-            self._cache.deserialize(self._path.read_bytes())
-        config.set_runtime_cache(self._cache)
-        return engine.create_execution_context(config)
-
-    def save(self) -> None:
-        if self._cache is not None and self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self._path.with_suffix(".new")
-            fresh.write_bytes(memoryview(self._cache.serialize()))
-            fresh.replace(self._path)
 
 
 def _log(trt: Any) -> Any:

@@ -1,7 +1,7 @@
 """What NVIDIA's compilers cannot build for which GPU: one table, read when a recipe is planned.
 
 Source of every row: TensorRT-RTX 1.7.1.116 itself, given one MatMul or Conv of the type for the
-target on a machine without a GPU. `tests/backends/test_trt_live.py` asks it again.
+target on a machine without a GPU. `tests/backends/test_trt_live.py` asks it again, row by row.
 """
 
 from __future__ import annotations
