@@ -188,7 +188,7 @@ def is_constant(array: np.ndarray) -> bool:
 CARD = "engine.json"
 LAYERS = "layers.json"
 """Where an engine folder keeps its compiler's own layer table and what was claimed of it, if the compiler gives one:
-{"engines": {target: {"claims": [...], "summary": {...}, "io": [...], "layers": [...]}}}."""
+{"promise": {...}, "engines": {target: {"claims": [...], "summary": {...}, "io": [...], "layers": [...]}}}."""
 
 
 @dataclass(frozen=True)
