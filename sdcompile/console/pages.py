@@ -329,6 +329,15 @@ def commands(facts: Facts) -> Iterator[Any]:
             f"cd {facts['folder']}/{component}   # or: sh {facts['folder']}/{component}/commands.sh", style="bold"
         )
         yield from lines
+        if found := facts["found"].get(component):
+            yield _bisected(found)
+
+
+def _bisected(found: Facts) -> Text:
+    if found["agrees"]:
+        return Text(f"Polygraphy: the library agrees with the reference here (log: {found['log']})", style="green")
+    where = f"the first node that leaves it is {found['first_node']}" if found["first_node"] else "the search failed"
+    return Text(f"Polygraphy: it does not agree with the reference; {where} (log: {found['log']})", style="bold red")
 
 
 def selftest(facts: Facts) -> Iterator[Any]:
