@@ -45,7 +45,7 @@ class Options(BaseModel):
     refit                       weights can be put back in (REFIT_IDENTICAL: the same values)
     strip_plan                  leave weights out of the plan; they are put in from the ONNX when it is opened
     timing_cache                keep kernel timings in the store (faster rebuilds), also in the bundle, or not at all
-    fused_attention             stop the build when an fp16 or int8 engine computes an attention in several kernels
+    fused_attention             claim that each attention is one kernel: told, and never refused, where it is several
     cuda_graphs                 replay each shape as one CUDA graph after its first call
     device_latents              latents stay on the GPU between steps, where nothing has to look at them on the host
     """
