@@ -2,7 +2,7 @@ PY := .venv/bin/python
 # Threads that spin while they wait slow every build on a small or shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test check gpu-check gpu-check-full docs kernels peers clean
+.PHONY: setup demo test check gpu-packages gpu-check gpu-check-full docs kernels peers clean
 
 setup: .venv/.ready
 
@@ -24,13 +24,20 @@ check: setup
 	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy && .venv/bin/lint-imports
 	$(PY) -m pytest -m 'not tiny and not device'
 
+# Where there is an NVIDIA GPU: ONNX Runtime's build for it in the place of that for the CPU. Both write the same files,
+# so that both go first.
+gpu-packages: setup
+	if command -v nvidia-smi > /dev/null && $(PY) -m pip show --quiet onnxruntime 2> /dev/null; then \
+	$(PY) -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu && \
+	$(PY) -m pip install --quiet --editable '.[compile-gpu]'; fi
+
 # What the owner of an NVIDIA GPU runs, and sends artifacts/gpu-report.json of. Add '.[tensorrt]' where it is wanted.
-gpu-check: setup
+gpu-check: gpu-packages
 	.venv/bin/sdcompile doctor --selftest artifacts/gpu-report.json
 
 # The same with SD 1.5 at full size (random weights: speed and numerics do not depend on them), beside torch on the
 # GPU, for which torch must be a CUDA build. Some hours on a small machine; what is finished is kept.
-gpu-check-full: setup
+gpu-check-full: gpu-packages
 	test -d artifacts/sd15 || $(PY) scripts/make_full_size.py sd15 artifacts/sd15
 	.venv/bin/sdcompile doctor --selftest artifacts/gpu-report.json --full --source artifacts/sd15
 

@@ -6,10 +6,14 @@ Reads the plan and the store, also after a build that verification stopped; make
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sdcompile.bundle import folder_of_target
 from sdcompile.errors import RecipeError
+from sdcompile.plan import Step
 from sdcompile.run import Build
 
 
@@ -25,15 +29,7 @@ def polygraphy(work: Build, folder: Path, only: str | None = None) -> dict[str, 
     from sdcompile.steps.verify import WORST_FILE
 
     found: dict[str, list[str]] = {}
-    for step in work.plan:
-        report_folder = work.store.get(step.key)
-        if (
-            step.op != "engine"
-            or "onnx" not in step.inputs
-            or report_folder is None
-            or only not in (None, step.component)
-        ):
-            continue
+    for step, report_folder in _verified(work, only):
         report = json.loads((report_folder / "report.json").read_text(encoding="utf-8"))
         steps = {
             "typed": step.inputs["onnx"],
@@ -58,13 +54,40 @@ def polygraphy(work: Build, folder: Path, only: str | None = None) -> dict[str, 
         place = folder_of_target(step.of)
         found[place] = polygraphy_files.write(
             folder / place, report["backend"], forms, sample.feeds, sample.outputs, answer,
-            report["floor"]["min_snr_db"],
+            report["floor"]["min_snr_db"], step.job.params["options"].get("provider", "cpu"),
         )  # fmt: skip
     if not found:
         raise RecipeError(
             "no engine of this recipe was built from ONNX and verified", "Polygraphy compares ONNX graphs"
         )
     return found
+
+
+def run(folder: Path, places: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What Polygraphy finds with the commands in each `folder`/place (see `polygraphy_files.run`)."""
+    from sdcompile.steps import polygraphy_files
+
+    return {place: polygraphy_files.run(folder / place) for place in places}
+
+
+def words(work: Build, recipe: Path, sets: Iterable[str], store: Path, only: str | None) -> str:
+    """What to type to have Polygraphy look for the fault of an engine of `recipe`; "" where it has nothing to run."""
+    if not list(_verified(work, only)):
+        return ""
+    options = [word for change in sets for word in ("--set", change)]
+    options += ["--store", str(store)] if store != Path("artifacts") else []
+    options += ["--only", only] if only is not None else []
+    folder = f"polygraphy/{work.recipe.name}"
+    return shlex.join(["sdcompile", "verify", str(recipe), *options, "--polygraphy", folder, "--polygraphy-run"])
+
+
+def _verified(work: Build, only: str | None) -> Iterator[tuple[Step, Path]]:
+    """The steps that verified an engine made from ONNX, and their reports' folders."""
+    for step in work.plan:
+        if step.op == "engine" and "onnx" in step.inputs and only in (None, step.component):
+            folder = work.store.get(step.key)
+            if folder is not None:
+                yield step, folder
 
 
 def _exported(work: Build, name: str) -> str:

@@ -121,8 +121,17 @@ def peak_of_children_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
-def version(distribution: str) -> str | None:
-    """The installed version of a distribution, or None."""
+_EITHER = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
+"""Distributions of one library: whichever is installed does. (Two at once overwrite each other.)"""
+
+
+def version(library: str) -> str | None:
+    """The installed version of a library, by the name of its distribution or of the usual one of several; or None."""
+    return next(filter(None, map(installed, _EITHER.get(library, (library,)))), None)
+
+
+def installed(distribution: str) -> str | None:
+    """The installed version of this very distribution, or None."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

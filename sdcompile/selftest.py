@@ -73,7 +73,7 @@ def selftest(store: Store, output: Path, observer: Observer, source: str | None 
         "machine": {**machine.identity(), "system": platform.platform(), "python": platform.python_version()},
         "gpus": [vars(device) for device in found.devices],
         "driver": found.version or found.reason,
-        "packages": {name: version for name in _PACKAGES if (version := machine.version(name))},
+        "packages": {name: version for name in _PACKAGES if (version := machine.installed(name))},
         "backends": {},
         "full": None,
     }
@@ -128,7 +128,8 @@ def _row(way: Way, model: Mapping[str, Any], store: Store, folder: Path, observe
     if not probe.available:
         return {"state": "absent", "error": f"{probe.reason} ({probe.hint})"}
     if way.build.get("provider", "") not in ("", *probe.devices):
-        return {"state": "absent", "error": f"{way.backend} here has no {way.build['provider']}"}
+        why = probe.missing.get(way.build["provider"], "it is not installed")
+        return {"state": "absent", "error": f"provider {way.build['provider']}: {why}"}
     began = time.monotonic()
     try:
         recipe = Recipe.model_validate(
@@ -144,8 +145,11 @@ def _row(way: Way, model: Mapping[str, Any], store: Store, folder: Path, observe
         placed = run.place(work, paths["pipeline.package.bundle"], folder)
         reports = status.outcome(work, paths, placed)["reports"]
         unrun = any(report.get("stand_in") for report in reports.values())
+        timings = None if unrun else _timed(placed)
+        wrong = timings is not None and not timings["latents"]["as_on_host"]
         return {
-            "state": "built" if unrun else "passed",
+            "state": "failed" if wrong else "built" if unrun else "passed",
+            **({"error": "latents that stay on the device are not those of the host's loop"} if wrong else {}),
             "version": probe.version,
             "seconds": round(time.monotonic() - began, 1),
             "not_run": probe.cannot_run or None,
@@ -156,7 +160,7 @@ def _row(way: Way, model: Mapping[str, Any], store: Store, folder: Path, observe
                 }
                 for component, report in reports.items()
             },
-            "timings": None if unrun else _timed(placed),
+            "timings": timings,
         }
     except SdcompileError as error:
         return {"state": "failed", "version": probe.version, "error": str(error)}

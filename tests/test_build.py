@@ -483,6 +483,9 @@ def test_a_floor_missed_by_the_onnx_names_it_and_not_the_engine(nvidia):
     decoder = "{backend: tensorrt_rtx, precision: fp16, build: {compute_capabilities: [portable, sm89]}}"
     sets = ("name=nvidia", f"components.vae_decoder={decoder}", "verify.vae_decoder.min_snr_db=200")
     options = [option for change in sets for option in ("--set", change)]
+    hint = nvidia.events("verify", nvidia.recipe, *options, expect=5)[-1]["hint"]
+    assert f"sdcompile verify {nvidia.recipe} --set name=nvidia --set" in hint
+    assert hint.endswith("--polygraphy polygraphy/nvidia --polygraphy-run")
     events = nvidia.events("verify", nvidia.recipe, *options, "--polygraphy", nvidia.folder / "files", expect=5)
     assert "the ONNX (run by onnxruntime, not the engine) of vae_decoder" in events[-1]["message"]
     assert "first layer that diverges" in events[-1]["message"]

@@ -6,6 +6,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,20 @@ def test_every_command_in_the_readme_exists():
     )
     assert commands
     assert commands <= known
+
+
+def test_onnx_runtime_for_the_cpu_and_for_gpus_are_never_installed_together():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def distributions(extra: str) -> set[str]:
+        found = set()
+        for line in extras[extra]:
+            name, inner = re.fullmatch(r"([\w-]+)(?:\[(.*)\])?.*", line).groups()
+            found |= set().union(*map(distributions, inner.split(","))) if name == "sdcompile" else {name}
+        return found
+
+    either = {"onnxruntime", "onnxruntime-gpu"}
+    assert distributions("compile") - either == distributions("compile-gpu") - either
+    assert distributions("compile") & either == {"onnxruntime"}
+    assert distributions("compile-gpu") & either == {"onnxruntime-gpu"}
+    assert all(len(distributions(extra) & either) <= 1 for extra in extras)

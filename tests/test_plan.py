@@ -234,6 +234,25 @@ def test_what_the_gpu_here_cannot_build_is_known_when_it_is_planned(plan, archit
     )
 
 
+def on_ort(**versions):
+    gpu = {"gpu": "RTX 4090", "architecture": "sm89", "driver": "CUDA 13.0", "onnxruntime-gpu": "1.31", **versions}
+    probe = Probe(True, version="1.31", devices=("cpu", "cuda"), providers={"cuda": gpu})
+    return replace(machine(), probes={**machine().probes, "onnxruntime": probe})
+
+
+@pytest.mark.parametrize(
+    "other", [{"gpu": "RTX 3090", "architecture": "sm86"}, {"driver": "CUDA 13.1"}, {"onnxruntime-gpu": "1.32"}]
+)
+@pytest.mark.parametrize(("provider", "moved"), [("cuda", True), ("cpu", False)])
+def test_gpu_and_versions_move_the_keys_of_what_a_provider_other_than_the_cpus_makes(provider, moved, other, plan):
+    options = ("backend=onnxruntime", "precision=fp16", f"build={{provider: {provider}}}", "components={}")
+    here, there = plan(*options, on=on_ort()), plan(*options, on=on_ort(**other))
+    for name in ("unet.compile.onnxruntime", "unet.verify.engine"):
+        assert not here[name].cannot
+        assert (here[name].key != there[name].key) is moved
+    assert here["unet.export.onnx"].key == there["unet.export.onnx"].key
+
+
 RTX = ("backend=tensorrt_rtx", "precision=fp16", "build={}", "components={}")
 
 

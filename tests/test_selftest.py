@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sdcompile import selftest
-from sdcompile.backends import BACKENDS
+from sdcompile.backends import BACKENDS, Probe
+from sdcompile.console import observer
 from sdcompile.errors import HostError, StageError, VerifyError
 from sdcompile.measure import bench, contenders, sources
 from sdcompile.measure.peers import PEERS
 from sdcompile.recipe import Recipe, known_names
+from sdcompile.store import Store
 
 PASSED = {"state": "passed", "version": "1", "timings": {"denoiser_call_ms": {"median": 1.0}}}
 
@@ -52,6 +55,56 @@ def test_a_fault_of_our_own_is_a_row_with_its_traceback_and_the_others_go_on(pla
     row = json.loads(played.file.read_text())["backends"]["stub-fp32"]
     assert row["state"] == "failed"
     assert "in broken" in row["traceback"]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def whole(monkeypatch, tmp_path, kept):
+    """The selftest from recipe to report, with a backend that every machine has in the place of NVIDIA's."""
+    ways = {"stub-fp32": selftest.Way("stub", "fp32", {})}
+    monkeypatch.setattr(selftest, "NVIDIA", ways)
+    monkeypatch.setattr(selftest, "FULL", tuple(ways))
+    monkeypatch.setattr(selftest, "PEERS", ())
+    file = tmp_path / "out" / "report.json"
+    return file, lambda source: selftest.selftest(kept, file, observer(json_mode=True), source)
+
+
+@pytest.mark.tiny
+def test_a_way_is_built_placed_timed_and_raced_and_all_of_it_is_in_the_report(whole):
+    file, run = whole
+    run("builtin:tiny")
+    report = json.loads(file.read_text())
+    for row in (report["backends"]["stub-fp32"], report["full"]["backends"]["stub-fp32"]):
+        assert row["state"] == "passed"
+        assert row["timings"]["latents"] == {"on_device": False, "as_on_host": True}
+        assert len(row["timings"]["image_s"]) == selftest._IMAGES
+        assert row["timings"]["denoiser_call_ms"]["median"] > 0
+    (raced,) = report["full"]["bench"]["contenders"]
+    assert raced["name"] == "selftest-full-stub-fp32"
+    assert report["full"]["bench"]["absent"] == {}
+    assert (file.parent / "selftest-stub-fp32.sdc" / "manifest.json").is_file()
+
+
+@pytest.mark.tiny
+def test_latents_that_are_not_the_hosts_fail_the_selftest(whole, monkeypatch):
+    timed = {"latents": {"on_device": True, "as_on_host": False}, "denoiser_call_ms": {"median": 1.0}}
+    monkeypatch.setattr(selftest, "_timed", lambda bundle: timed)
+    with pytest.raises(VerifyError, match="latents that stay on the device are not those of the host's loop"):
+        whole[1](None)
+    row = json.loads(whole[0].read_text())["backends"]["stub-fp32"]
+    assert row["state"] == "failed"
+    assert row["timings"] == timed
+
+
+def test_a_provider_that_cannot_be_here_is_absent_with_the_reason(monkeypatch):
+    probe = Probe(True, version="1", devices=("cpu",), missing={"cuda": "no NVIDIA driver was found here"})
+    monkeypatch.setattr(selftest, "BACKENDS", {"onnxruntime": SimpleNamespace(probe=lambda: probe)})
+    row = selftest._row(selftest.NVIDIA["onnxruntime-cuda-fp16"], {}, None, Path(), None)  # type: ignore[arg-type]
+    assert row == {"state": "absent", "error": "provider cuda: no NVIDIA driver was found here"}
 
 
 def test_what_was_found_before_a_crash_is_in_the_report(played):

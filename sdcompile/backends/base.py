@@ -105,6 +105,8 @@ class Probe:
 
     cannot_run  why engines, though they can be built, cannot run here ("" = they can)
     identity    what of a device decides bytes or figures; part of the key of what is made on it
+    providers   where a backend runs on one of several kinds of device: kind -> its `identity`
+    missing     kind of device that cannot be used here -> why
     """
 
     available: bool
@@ -115,6 +117,8 @@ class Probe:
     notes: tuple[str, ...] = ()
     cannot_run: str = ""
     identity: Mapping[str, str] = field(default_factory=dict)
+    providers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def _takes_all(precision: Precision, options: BaseModel) -> list[str]:
@@ -127,6 +131,10 @@ def _as_exported(options: BaseModel) -> Mapping[str, Any]:
 
 def _lacks_nothing(found: Probe, precision: Precision, options: BaseModel) -> str:
     return ""
+
+
+def _no_device(found: Probe, options: BaseModel) -> Mapping[str, str]:
+    return {}
 
 
 def _fits_all(folder: Path) -> str:
@@ -150,6 +158,8 @@ class Backend:
     build      (src, out, job): read the form in `src`, write the engine's files into `out`
     open       (dir, host): the engine in `dir`, ready to run
     host_bound True when the bytes `build` writes also depend on this machine's processor and device
+    device     (what `probe` found, options) -> what, of a device that these options alone ask for, decides bytes and
+               figures (part of the key)
     memory     peak resident memory of `build`: (times the component's fp32 bytes, plus GiB)
     verifiable False for engines that compute nothing a reference could be compared with
     refuses    (precision, options) -> why such an engine can be built nowhere, one line each
@@ -178,6 +188,7 @@ class Backend:
     refuses: Callable[[Precision, BaseModel], list[str]] = _takes_all
     lacks: Callable[[Probe, Precision, BaseModel], str] = _lacks_nothing
     fits: Callable[[Path], str] = _fits_all
+    device: Callable[[Probe, BaseModel], Mapping[str, str]] = _no_device
 
 
 def rebuilding(component: str, backend: str) -> str:
@@ -197,7 +208,7 @@ def is_constant(array: np.ndarray) -> bool:
 CARD = "engine.json"
 LAYERS = "layers.json"
 """Where an engine folder keeps its compiler's own layer table and what was claimed of it, if the compiler gives one:
-{"engines": {target: {"claims": [...], "summary": {...}, "io": [...], "layers": [...]}}}."""
+{"promise": {...}, "engines": {target: {"claims": [...], "summary": {...}, "io": [...], "layers": [...]}}}."""
 
 
 @dataclass(frozen=True)

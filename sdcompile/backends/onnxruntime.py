@@ -11,19 +11,19 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from sdcompile.backends import onnxruntime_tensorrt as trt
 from sdcompile.backends.base import Backend, Card, Host, Probe, card_from_job, read_card, write_card
 from sdcompile.backends.onnxruntime_binding import Bindings
 from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError, StageError
 from sdcompile.files import link
-from sdcompile.machine import version
+from sdcompile.machine import installed
 from sdcompile.spec import Job, Precision
 
 if TYPE_CHECKING:
@@ -38,14 +38,11 @@ _NEEDS = {
     "tensorrt": "check `nvidia-smi`, and that CUDA, cuDNN 9 and the TensorRT that this ONNX Runtime was made for are "
     "installed (pip install 'sdcompile[tensorrt]'); or build with provider: cuda",
 }
-ENGINES = "engines"
-"""Where an engine folder keeps what TensorRT's provider built (*.engine) and timed."""
 _INT8_KERNELS = frozenset({
     "QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
     "ConvInteger", "QAttention",
 })  # fmt: skip
-_TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
-_HINT = "pip install 'sdcompile[onnxruntime]'  (or 'sdcompile[onnxruntime-gpu]' for CUDA; never both)"
+_HINT = "pip install 'sdcompile[onnxruntime]'  (or 'sdcompile[onnxruntime-gpu]' for CUDA; one of them)"
 
 
 class Options(BaseModel):
@@ -91,18 +88,34 @@ _OF_PROVIDER = {
 
 
 def probe() -> Probe:
-    cpu, gpu = version("onnxruntime"), version("onnxruntime-gpu")
+    """Of the GPU's providers, those that ONNX Runtime has, and a driver and libraries are here for."""
+    cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
     if cpu is None and gpu is None:
         return Probe(available=False, reason="onnxruntime is not installed", hint=_HINT)
     notes = []
     if cpu and gpu:
         notes.append("onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall one")
-    if gpu:
+    if not gpu:
+        none = "it is not installed (pip uninstall onnxruntime && pip install 'sdcompile[onnxruntime-gpu]')"
+        missing = {"cuda": none, "tensorrt": none}
+    elif reason := driver.look().reason:
+        missing = {"cuda": reason, "tensorrt": reason}
+    else:
+        missing = {}
         notes.append("CUDA is compiled in; whether it loads here shows only when an engine is opened")
-    devices = ["cpu"] if not gpu else ["cpu", "cuda"]
-    if gpu and any(map(version, _TENSORRT)):
-        devices.append("tensorrt")
-    return Probe(available=True, version=gpu or cpu, devices=tuple(devices), notes=tuple(notes))
+    library = next(filter(None, map(installed, trt.DISTRIBUTIONS)), None)
+    if library is None:
+        missing.setdefault("tensorrt", "TensorRT is not installed (pip install 'sdcompile[tensorrt]')")
+    versions = {"cuda": {"onnxruntime-gpu": gpu}, "tensorrt": {"onnxruntime-gpu": gpu, "tensorrt": library}}
+    providers = {
+        name: {**driver.look().identity, **{k: v for k, v in told.items() if v}}
+        for name, told in versions.items()
+        if name not in missing
+    }
+    return Probe(
+        available=True, version=gpu or cpu, devices=("cpu", *providers), notes=tuple(notes), providers=providers,
+        missing=missing,
+    )  # fmt: skip
 
 
 def refuses(precision: Precision, options: BaseModel) -> list[str]:
@@ -116,11 +129,19 @@ def refuses(precision: Precision, options: BaseModel) -> list[str]:
 
 
 def lacks(found: Probe, precision: Precision, options: BaseModel) -> str:
-    """The provider that is asked for and not installed here."""
+    """The provider that is asked for and cannot be here, or what its GPU cannot build."""
     assert isinstance(options, Options)
-    if options.device == "cpu" or options.device in found.devices:
+    if options.device == "cpu":
         return ""
-    return f"provider {options.device} is not installed here (pip install 'sdcompile[onnxruntime-gpu]')"
+    if options.device not in found.devices:
+        return f"provider {options.device} cannot run here: {found.missing.get(options.device, 'it is not installed')}"
+    return trt.too_old(options, found.providers.get(options.device, {}))
+
+
+def device(found: Probe, options: BaseModel) -> Mapping[str, str]:
+    """The GPU and the versions of the provider that is asked for; nothing of the CPU's."""
+    assert isinstance(options, Options)
+    return found.providers.get(options.device, {})
 
 
 def export(options: BaseModel) -> Mapping[str, Any]:
@@ -141,16 +162,21 @@ def build(src: Path, out: Path, job: Job) -> None:
     if job.precision == "int8":
         job.say("opening the engine, to see what runs in int8", None)
         measured |= _integer_operators(out / "model.onnx", job)
-    write_card(out, card_from_job(BACKEND.name, job, measured))
     options = Options.model_validate(dict(job.params.get("options") or {}))
     if options.device != "tensorrt":
+        write_card(out, card_from_job(BACKEND.name, job, measured))
         job.say("opening the engine once", None)
         open_engine(out, Host()).close()
         return
-    (out / ENGINES).mkdir()
+    built_for = dict(probe().providers.get(options.device, {}))
+    card = card_from_job(BACKEND.name, job, {**measured, trt.BUILT_FOR: built_for})
+    write_card(out, card)
+    engines = out / trt.ENGINES
+    engines.mkdir()
     job.say("building engines with TensorRT", None)
-    open_engine(out, Host()).close()
-    if not list((out / ENGINES).glob("*.engine")):
+    told = trt.provider_options(options, card, engines, trt.timings_in(job.cache, options, built_for))
+    OnnxRuntimeEngine(card, _session(out / "model.onnx", options, Host(), tensorrt=told), options).close()
+    if not list(engines.glob("*.engine")):
         raise StageError(
             f"{job.component}: TensorRT's provider was loaded, but it took no part of the graph",
             "build it with backend tensorrt, which says what it does not take, or with provider: cuda",
@@ -195,67 +221,43 @@ def open_engine(folder: Path, host: Host) -> OnnxRuntimeEngine:
     """The session on `folder/model.onnx`. Raises HostError and StageError as `build` does."""
     card = read_card(folder, BACKEND.name)
     options = Options.model_validate(dict(card.options))
-    session = _session(folder / "model.onnx", options, host, card=card)
-    return OnnxRuntimeEngine(card, session, options)
-
-
-def tensorrt_options(options: Options, card: Card, engines: Path) -> dict[str, str]:
-    """What TensorRT's provider is told: one profile, where engines are kept.
-
-    No precision flag (trt_fp16_enable, ...): without one the provider builds strongly typed (microsoft/onnxruntime
-    #18707), so that the graph's own types hold, and nodes kept in float32 are computed so.
-    """
-    bounds = card.spec.profile(card.shapes)
-    told = {
-        f"trt_profile_{which}_shapes": ",".join(
-            f"{name}:{'x'.join(map(str, sides[index]))}" for name, sides in bounds.items()
-        )
-        for index, which in enumerate(("min", "opt", "max"))
-    }
-    told |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(engines)}
-    if options.timing_cache is not False:
-        told |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(engines)}
-    if options.builder_optimization_level is not None:
-        told["trt_builder_optimization_level"] = str(options.builder_optimization_level)
-    if options.workspace_mib is not None:
-        told["trt_max_workspace_size"] = str(options.workspace_mib << 20)
-    if options.hardware_compatibility == "ampere_plus":
-        told["trt_engine_hw_compatible"] = "1"
-    return told
-
-
-def _load_tensorrt() -> None:
-    """Load TensorRT's libraries into the process, where the provider looks for them. Raises HostError without them."""
+    if options.device != "tensorrt":
+        return OnnxRuntimeEngine(card, _session(folder / "model.onnx", options, host), options)
+    engines = trt.copied(folder, host)
     try:
-        import_module("tensorrt")
-    except ImportError as error:
-        raise HostError(
-            f"provider tensorrt cannot run here: TensorRT is not installed ({error})",
-            "pip install 'sdcompile[tensorrt]' in the version this ONNX Runtime was made for, or provider: cuda",
-        ) from error
+        told = trt.provider_options(options, card, Path(engines.name), None)
+        session = _session(folder / "model.onnx", options, host, tensorrt=told)
+        return OnnxRuntimeEngine(card, session, options, engines)
+    except BaseException:
+        engines.cleanup()
+        raise
 
 
 def fits_here(folder: Path) -> str:
-    """Nothing to choose from; raises HostError where the provider the engine in `folder` asks for cannot be here."""
+    """Nothing to choose from; raises HostError where the provider the engine in `folder` asks for cannot be here, or
+    TensorRT's engines in it were built for another GPU or version."""
     card = read_card(folder, BACKEND.name)
-    device = Options.model_validate(dict(card.options)).device
-    if device == "cpu":
+    options, found = Options.model_validate(dict(card.options)), probe()
+    if options.device == "cpu":
         return ""
-    if device not in probe().devices:
-        raise HostError(
-            f"{card.component} (onnxruntime) was built for provider {device}, which is not installed here",
-            _NEEDS[device],
-        )
-    if reason := driver.look().reason:
-        raise HostError(f"{card.component} (onnxruntime) was built for provider {device} and cannot run here: {reason}")
+    name = f"{card.component} (onnxruntime) was built for provider {options.device}"
+    if why := lacks(found, card.precision, options.model_copy(update={"hardware_compatibility": None})):
+        raise HostError(f"{name}: {why}", _NEEDS[options.device])
+    built_for = card.measured.get(trt.BUILT_FOR, {})
+    if why := trt.misfit(options, built_for, device(found, options)):
+        raise HostError(f"{name} elsewhere: {why}", "sdcompile build RECIPE, on this machine")
     return ""
 
 
 def _session(
-    path: Path, options: Options, host: Host, *, card: Card | None = None, optimized: Path | None = None
+    path: Path,
+    options: Options,
+    host: Host,
+    *,
+    tensorrt: Mapping[str, str] | None = None,
+    optimized: Path | None = None,
 ) -> ort.InferenceSession:
-    """`card`, of the engine that is opened, tells TensorRT its shapes; `optimized`: where to write the graph as ONNX
-    Runtime rewrote it."""
+    """`tensorrt`: what its provider is told; `optimized`: where to write the graph as ONNX Runtime rewrote it."""
     device = options.device
     try:
         import onnxruntime as ort
@@ -292,10 +294,9 @@ def _session(
             told["enable_cuda_graph"] = "1"
         providers = [(_PROVIDERS["cuda"], told), _PROVIDERS["cpu"]]
         ort.preload_dlls()
-    if device == "tensorrt":
-        assert card is not None
-        _load_tensorrt()
-        providers.insert(0, (wanted, tensorrt_options(options, card, path.parent / ENGINES)))
+    if tensorrt is not None:
+        trt.load()
+        providers.insert(0, (wanted, dict(tensorrt)))
     try:
         session = ort.InferenceSession(path, settings, providers=providers)
     except Exception as error:
@@ -318,10 +319,15 @@ class OnnxRuntimeEngine:
     """An ONNX Runtime session. On a GPU its inputs and outputs are bound to the device's memory (never run on one
     yet)."""
 
-    def __init__(self, card: Card, session: ort.InferenceSession, options: Options) -> None:
+    def __init__(
+        self, card: Card, session: ort.InferenceSession, options: Options,
+        scratch: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:  # fmt: skip
+        """`scratch` goes when the engine is closed."""
         self.inputs, self.outputs = card.spec.inputs, card.spec.outputs
         self._names = [tensor.name for tensor in self.outputs]
         self._session: ort.InferenceSession | None = session
+        self._scratch = scratch
         self._bindings: Bindings | None = None
         if options.device != "cpu":
             # TensorRT's provider takes what lies in CUDA's memory as well.
@@ -332,7 +338,7 @@ class OnnxRuntimeEngine:
             "precision": _computed_in(card, options.device),
             "asked": card.precision,
             "threads": session.get_session_options().intra_op_num_threads or None,
-            **card.measured,
+            **{key: value for key, value in card.measured.items() if key != trt.BUILT_FOR},
         }
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -345,6 +351,8 @@ class OnnxRuntimeEngine:
         # What is bound goes before the session whose memory it is.
         self._bindings = None
         self._session = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 def _computed_in(card: Card, device: str) -> str:
@@ -370,6 +378,7 @@ BACKEND = Backend(
     open=open_engine,
     lacks=lacks,
     fits=fits_here,
+    device=device,
     export=export,
     refuses=refuses,
     modes={"static": (8,), "weights": (8, 4), "dynamic": (8,)},

@@ -48,7 +48,7 @@ class Options(BaseModel):
     refit                       weights can be put back in (REFIT_IDENTICAL: the same values)
     strip_plan                  leave weights out of the plan; they are put in from the ONNX when it is opened
     timing_cache                keep kernel timings in the store (faster rebuilds), also in the bundle, or not at all
-    fused_attention             stop the build when an fp16 or int8 engine computes an attention in several kernels
+    fused_attention             claim that each attention is one kernel: told, and never refused, where it is several
     cuda_graphs                 replay each shape as one CUDA graph after its first call
     device_latents              latents stay on the GPU between steps, where nothing has to look at them on the host
     """
@@ -191,6 +191,7 @@ def open_engine(folder: Path, host: Host) -> TrtEngine:
 BACKEND = Backend(
     name="tensorrt",
     takes="onnx",
+    revision=2,
     realises={"fp32": (), "fp16": ("cast_fp16",), "bf16": ("cast_bf16",), "int8": ("nncf_int8",)},
     rests=("fp16",),
     # Zero points other than 0 are refused by the parser; quantised products keep an attention from one kernel.

@@ -68,6 +68,7 @@ def _build(
     force: bool,
     json: bool,
     polygraphy: Path | None = None,
+    polygraphy_run: bool = False,
 ) -> None:
     from sdcompile import console, evidence, run, status
     from sdcompile.store import Store
@@ -81,13 +82,17 @@ def _build(
 
     def hand_over() -> None:
         if polygraphy is not None:
-            console.show_commands(polygraphy, evidence.polygraphy(work, polygraphy, only), json_mode=json)
+            commands = evidence.polygraphy(work, polygraphy, only)
+            found = evidence.run(polygraphy, commands) if polygraphy_run else {}
+            console.show_commands(polygraphy, commands, found, json_mode=json)
 
     try:
         with observer.watching(work.plan.until(stage, only)):
             paths = run.build(work, stage, observer, only=only, force=force)
-    except VerifyError:
+    except VerifyError as error:
         hand_over()
+        if polygraphy is None and (words := evidence.words(work, recipe, sets, store, only)):
+            error.hint += f"\nwhich node is at fault, by Polygraphy: {words}"
         raise
     hand_over()
     bundle_step = "pipeline.package.bundle"
@@ -126,6 +131,10 @@ def verify(
             metavar="DIR",
         ),
     ] = None,
+    polygraphy_run: Annotated[
+        bool,
+        typer.Option("--polygraphy-run", help="With --polygraphy: also run those commands, and tell what they find."),
+    ] = False,
     offline: Offline = False,
     force: Force = False,
     json: Json = False,
@@ -135,10 +144,13 @@ def verify(
     Examples: `sdcompile verify recipes/tiny-openvino-bf16.yaml`,
     `sdcompile verify artifacts/tiny-openvino-bf16.sdc --source builtin:tiny`
     """
+    if polygraphy_run and polygraphy is None:
+        raise RecipeError("--polygraphy-run: there is nothing to run", "name a folder as well: --polygraphy DIR")
     if not target.is_dir():
         if of_target is not None:
             raise RecipeError(f"--target: {target} is no bundle", "a recipe is verified for all of its targets")
-        _build(target, "verify", STORE, store, tuple(set_ or ()), only, offline, force, json, polygraphy)
+        changes = tuple(set_ or ())
+        _build(target, "verify", STORE, store, changes, only, offline, force, json, polygraphy, polygraphy_run)
         return
     if polygraphy is not None:
         raise RecipeError(

@@ -163,9 +163,16 @@ def show_fitness(facts: Mapping[str, Any], *, json_mode: bool = False) -> None:
     _print(fitness.page(facts))
 
 
-def show_commands(folder: Path, commands: Mapping[str, Sequence[str]], *, json_mode: bool = False) -> None:
-    """Where Polygraphy files were written, and the commands to give in each component's folder."""
-    _show("polygraphy", {"folder": str(folder), "commands": commands}, "commands", json_mode)
+def show_commands(
+    folder: Path,
+    commands: Mapping[str, Sequence[str]],
+    found: Mapping[str, Mapping[str, Any]],
+    *,
+    json_mode: bool = False,
+) -> None:
+    """Where Polygraphy files were written, the commands to give in each component's folder, and what those that were
+    run found."""
+    _show("polygraphy", {"folder": str(folder), "commands": commands, "found": found}, "commands", json_mode)
 
 
 def show_selftest(path: Path, report: Mapping[str, Any], *, json_mode: bool = False) -> None:

@@ -285,6 +285,11 @@ def measured(facts: Facts) -> Iterator[Any]:
         yield ""
 
 
+_VERDICTS: Mapping[bool | None, tuple[str, str]] = {
+    True: ("holds", "green"), False: ("NOT SO", "bold red"), None: ("unproven", "yellow"),
+}  # fmt: skip
+
+
 def layers(facts: Facts) -> Iterator[Any]:
     for component, engines in facts["components"].items():
         for engine, table in engines.items():
@@ -310,8 +315,8 @@ def _layergrid(component: str, engine: str, table: Facts) -> Iterator[Any]:
         shapes = ", ".join(f"{side} {shape}" for side, shape in profile.items()) if profile else ""
         yield f"{binding['mode']} {binding['name']}: {binding['type']} {shapes}".rstrip()
     for claim in table["claims"]:
-        mark = Text("holds  " if claim["holds"] else "NOT SO ", style="green" if claim["holds"] else "bold red")
-        yield mark.append(f"{claim['claim']} (found {claim['found']})", style="default")
+        mark, style = _VERDICTS[claim["holds"]]
+        yield Text(f"{mark}  ", style=style).append(f"{claim['claim']} (found {claim['found']})", style="default")
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -324,6 +329,15 @@ def commands(facts: Facts) -> Iterator[Any]:
             f"cd {facts['folder']}/{component}   # or: sh {facts['folder']}/{component}/commands.sh", style="bold"
         )
         yield from lines
+        if found := facts["found"].get(component):
+            yield _bisected(found)
+
+
+def _bisected(found: Facts) -> Text:
+    if found["agrees"]:
+        return Text(f"Polygraphy: the library agrees with the reference here (log: {found['log']})", style="green")
+    where = f"the first node that leaves it is {found['first_node']}" if found["first_node"] else "the search failed"
+    return Text(f"Polygraphy: it does not agree with the reference; {where} (log: {found['log']})", style="bold red")
 
 
 def selftest(facts: Facts) -> Iterator[Any]:

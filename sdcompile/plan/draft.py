@@ -84,10 +84,11 @@ class Draft:
         """
         of = self.family.plain(component)
         stage, gives, revision, packages, host, cannot = _about(op, self.machine)
+        device: Mapping[str, str] = {}
         if op in BACKENDS and not cannot:
-            backend = BACKENDS[op]
+            backend, found = BACKENDS[op], self.machine.probes[op]
             options = backend.options.model_validate(params["options"])
-            cannot = backend.lacks(self.machine.probes[op], precision, options)
+            cannot, device = backend.lacks(found, precision, options), backend.device(found, options)
         letters = {d for t in (*spec.inputs, *spec.outputs) for d in t.dims} if spec and shapes else set()
         bound = {letter: bounds for letter, bounds in (shapes or {}).items() if not spec or letter in letters}
         parts = {
@@ -100,7 +101,7 @@ class Draft:
             "shapes": {letter: list(bounds) for letter, bounds in bound.items()},
             "inputs": {role: name if name == SOURCE else self.steps[name].key for role, name in inputs.items()},
             "versions": {name: self.machine.versions.get(name) for name in packages},
-            "machine": self._identity(op) if host else None,
+            "machine": self._identity(op) if host else dict(device) or None,
         }
         key = key_of(parts)
         if (known := next((name for name, step in self.steps.items() if step.key == key), None)) is not None:

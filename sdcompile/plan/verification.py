@@ -158,7 +158,9 @@ def _how(draft: Draft, choice: Choice) -> dict[str, Any]:
     """What of this machine decides a report: the device that runs the engine, or why something stands in for it."""
     if why := _cannot_run(draft, choice):
         return {"stand_in": {"why": why, "version": draft.machine.probes[STAND_IN].version}}
-    return {"device": dict(draft.machine.probes[choice.backend.name].identity)}
+    found = draft.machine.probes[choice.backend.name]
+    options = choice.backend.options.model_validate(choice.params["options"])
+    return {"device": {**found.identity, **choice.backend.device(found, options)}}
 
 
 def default_size(recipe: Recipe, shapes: Shapes) -> dict[str, int]:

@@ -95,7 +95,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         recipe=params["recipe"],
         source={k: v for k, v in params["source"].items() if k != "licence"},
         licence=params["source"]["licence"],
-        tools={name: version for name in _TOOLS if (version := machine.version(name))},
+        tools={name: version for name in _TOOLS if (version := machine.installed(name))},
         host={**machine.identity(), "system": platform.platform(), "python": platform.python_version()},
         facts=params["facts"],
         shapes={letter: (bounds.min, bounds.opt, bounds.max) for letter, bounds in job.shapes.items()},

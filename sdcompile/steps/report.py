@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,16 @@ def broken(report: Report) -> str:
     return next((f"at its {fault['shape']} shape {fault['what']}" for fault in faults if fault["kind"] != "error"), "")
 
 
+def refuted(proof: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[str]:
+    """The claims of `proof` that its tables refute, a line each."""
+    return [
+        f"{target}: not so: {claim['claim']} (found {claim['found']})"
+        for target, claims in proof.items()
+        for claim in claims
+        if claim["holds"] is False
+    ]
+
+
 _NOT_FINITE = "its output holds NaN or infinite values"
 _FLAT = "its output is all one value, as a black picture is"
 
@@ -71,6 +81,11 @@ _AGAINST = {
 def _engine_fault(report: Report, folder: Path | None) -> VerifyError:
     worst, name = report["worst"], report["component"]
     engine = f"{_subject(report)}{name} ({report['backend']}, {report['precision']})"
+    if lines := refuted(report.get("proof") or {}):
+        return VerifyError(
+            f"{engine} is not what its precision says, by its compiler's own layer table\n" + "\n".join(lines),
+            "build it again; `sdcompile inspect --layers BUNDLE` shows the table",
+        )
     faults = (report.get("sweep") or {}).get("faults", ())
     if faults and worst["passed"] and not (report.get("ranges") or {}).get("beyond"):
         dims = ", ".join(f"{name} {'x'.join(map(str, sides))}" for name, sides in faults[0]["dims"].items())

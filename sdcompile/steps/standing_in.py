@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sdcompile.backends import BACKENDS, STAND_IN
-from sdcompile.backends.base import LAYERS, Card
+from sdcompile.backends.base import CARD, LAYERS, Card
+from sdcompile.backends.trt import layers
 from sdcompile.spec import Job
 from sdcompile.steps import widening
 
@@ -39,8 +40,11 @@ def build(card: Card, onnx: Path, out: Path) -> Path:
 
 
 def proof(folder: Path) -> dict[str, list[Mapping[str, Any]]]:
-    """Target -> the claims of the engine in `folder`, from its layer table; {} when it has none."""
+    """Target -> the claims of the engine in `folder`, made again from its layer table; {} when it has none."""
     with suppress(FileNotFoundError):
-        engines = json.loads((folder / LAYERS).read_text(encoding="utf-8"))["engines"]
-        return {target: table["claims"] for target, table in engines.items()}
+        data = json.loads((folder / LAYERS).read_text(encoding="utf-8"))
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        fused = (card["params"].get("options") or {}).get("fused_attention", True)
+        found = layers.claims_again(data, card["precision"], fused_attention=fused)
+        return {target: [claim._asdict() for claim in claims] for target, claims in found.items()}
     return {}

@@ -24,7 +24,7 @@ from sdcompile.families import FAMILIES
 from sdcompile.samples import Sample, Samples
 from sdcompile.spec import PIPELINE, Job, Say, say_nothing
 from sdcompile.steps import ranges, standing_in, sweep
-from sdcompile.steps.report import write
+from sdcompile.steps.report import refuted, write
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,7 +57,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
             engine = standing_in.build(card, inputs["onnx"], Path(scratch) / "engine")
             backend = BACKENDS[STAND_IN]
         report = _judged(backend, {**inputs, "engine": engine}, samples, floor, job, out)
-    if (told.get("ranges") or {}).get("beyond"):
+    if (told.get("ranges") or {}).get("beyond") or refuted(told["proof"]):
         told["passed"] = False
     write(out, {**report, **told})
 
@@ -117,7 +117,8 @@ def _answered(inputs: Mapping[str, Path], job: Job) -> _Answered:
 
 
 def recheck(bundle: Path, manifest: Manifest, samples: Path) -> dict[str, dict[str, Any]]:
-    """Component (and "pipeline") -> report of the finished bundle's engines, compared on this machine.
+    """Component (and "pipeline") -> report of the finished bundle's engines, compared on this machine. What the
+    layer tables in it show is claimed again.
 
     Floors are those the bundle was built with, else the defaults of its precisions.
     """
@@ -128,7 +129,9 @@ def recheck(bundle: Path, manifest: Manifest, samples: Path) -> dict[str, dict[s
         base = metrics.FLOORS[entry.precision]
         floor = metrics.Floor(**entry.verification["floor"]) if entry.verification.get("floor") else base
         folder, recorded = bundle / manifest.folder_of(name), Samples(samples, FAMILIES[manifest.family].plain(name))
-        found[name] = {**judge(BACKENDS[entry.backend], folder, recorded, floor), "component": name}
+        report, proof = judge(BACKENDS[entry.backend], folder, recorded, floor), standing_in.proof(folder)
+        passed = report["passed"] and not refuted(proof)
+        found[name] = {**report, "component": name, "proof": proof, "passed": passed}
     found[PIPELINE] = verify_images.recheck(bundle, manifest, samples)
     return found
 

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from sdcompile import machine
 from sdcompile.backends import Host, onnxruntime
+from sdcompile.backends import onnxruntime_tensorrt as trt
 from sdcompile.backends.base import read_card
 from sdcompile.backends.onnxruntime_binding import Bindings
+from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError, StageError
 
 pytestmark = pytest.mark.tiny
@@ -111,6 +114,68 @@ def test_an_engine_of_another_backend_is_refused(forms, tmp_path):
 
 # Providers that are only played: no GPU was at hand -----------------------------------------------
 
+
+def test_either_distribution_is_onnx_runtime(monkeypatch):
+    for there in ({"onnxruntime": "1.32.0"}, {"onnxruntime-gpu": "1.32.0"}):
+        monkeypatch.setattr(machine, "installed", there.get)
+        assert machine.version("onnxruntime") == "1.32.0"
+    monkeypatch.setattr(machine, "installed", {}.get)
+    assert machine.version("onnxruntime") is None
+
+
+ADA = driver.Driver((driver.Device("RTX 4090", "sm89", 24 << 30),), "CUDA 13.0")
+ALL = {"onnxruntime-gpu": "1.32.0", "tensorrt": "10.14"}
+
+
+@pytest.mark.parametrize(
+    ("there", "found", "devices", "why"),
+    [
+        (ALL, ADA, ("cpu", "cuda", "tensorrt"), ""),
+        ({"onnxruntime-gpu": "1.32.0"}, ADA, ("cpu", "cuda"), "TensorRT is not installed"),
+        (ALL, driver.Driver(reason="no NVIDIA driver was found here"), ("cpu",), "no NVIDIA driver was found here"),
+        ({"onnxruntime": "1.32.0"}, ADA, ("cpu",), "pip install 'sdcompile[onnxruntime-gpu]'"),
+    ],
+)
+def test_providers_are_those_that_library_and_driver_allow_and_a_plan_says_so(there, found, devices, why, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "installed", there.get)
+    monkeypatch.setattr(driver, "look", lambda: found)
+    probe = onnxruntime.probe()
+    assert probe.available
+    assert probe.devices == devices
+    said = onnxruntime.lacks(probe, "fp16", onnxruntime.Options(provider="tensorrt"))
+    assert said == "" if not why else said.startswith("provider tensorrt cannot run here: ")
+    assert why in said
+    assert onnxruntime.lacks(probe, "fp16", onnxruntime.Options()) == ""
+
+
+@pytest.mark.parametrize(("architecture", "refused"), [("sm75", True), ("sm86", False)])
+def test_turing_cannot_build_for_ampere_and_later(architecture, refused, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "installed", ALL.get)
+    monkeypatch.setattr(driver, "look", lambda: driver.Driver((driver.Device("GPU", architecture, 1),), "CUDA 13.0"))
+    options = onnxruntime.Options(provider="tensorrt", hardware_compatibility="ampere_plus")
+    said = onnxruntime.lacks(onnxruntime.probe(), "fp16", options)
+    assert said.startswith("hardware_compatibility: ampere_plus can be built on GPUs from Ampere on") is refused
+    assert bool(said) is refused
+
+
+def test_tensorrts_engines_fit_the_gpu_and_the_versions_they_were_built_for(forms, tmp_path, played, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "installed", ALL.get)
+    monkeypatch.setattr(driver, "look", lambda: ADA)
+    model = forms("vae_decoder")
+    one = model.build("onnxruntime", tmp_path / "one", "fp16", provider="tensorrt")
+    wide = model.build(
+        "onnxruntime", tmp_path / "wide", "fp16", provider="tensorrt", hardware_compatibility="ampere_plus"
+    )
+    assert onnxruntime.fits_here(one) == onnxruntime.fits_here(wide) == ""
+    monkeypatch.setattr(driver, "look", lambda: driver.Driver((driver.Device("RTX 3090", "sm86", 1),), "CUDA 13.0"))
+    with pytest.raises(HostError, match="architecture is sm86 here, and was sm89"):
+        onnxruntime.fits_here(one)
+    assert onnxruntime.fits_here(wide) == ""
+    monkeypatch.setattr(onnxruntime, "installed", {**ALL, "tensorrt": "11.0"}.get)
+    with pytest.raises(HostError, match=r"tensorrt is 11\.0 here, and was 10\.14"):
+        onnxruntime.fits_here(wide)
+
+
 GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
@@ -151,13 +216,13 @@ def test_tensorrt_is_asked_for_first_with_one_profile_and_its_engines_stay_besid
     assert told == {
         "trt_profile_min_shapes": "latent_sample:1x4x8x8", "trt_profile_opt_shapes": "latent_sample:1x4x16x16",
         "trt_profile_max_shapes": "latent_sample:2x4x24x24", "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(folder / "engines"), "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(folder / "engines"), "trt_builder_optimization_level": "4",
+        "trt_engine_cache_path": str(folder / "engines"), "trt_builder_optimization_level": "4",
         "trt_max_workspace_size": str(512 << 20), "trt_engine_hw_compatible": "1",
     }, "and no precision flag, which would let TensorRT choose types of its own"  # fmt: skip
     assert [path.suffix for path in (folder / "engines").iterdir()] == [".engine"]
     engine = onnxruntime.open_engine(folder, Host())
     assert (engine.facts["provider"], engine.facts["precision"]) == (GPU[0], "fp16")
+    engine.close()
 
 
 @pytest.mark.parametrize("loads", [GPU[1:], GPU[2:]])
@@ -182,9 +247,41 @@ def test_missing_tensorrt_libraries_are_named(forms, tmp_path, played, monkeypat
     assert "pip install 'sdcompile[tensorrt]'" in told.value.hint
 
 
-def test_the_timing_cache_can_be_turned_off_and_tensorrts_options_are_for_tensorrt(forms, tmp_path, played):
-    forms("vae_decoder").build("onnxruntime", tmp_path, provider="tensorrt", timing_cache=False)
-    assert not [name for name in played.providers[-1][0][1] if "timing" in name]
+def test_opening_an_engine_writes_nothing_into_its_folder_whatever_the_provider_does(forms, tmp_path, played):
+    folder = forms("vae_decoder").build("onnxruntime", tmp_path / "made", "fp16", provider="tensorrt")
+    (engine,) = (folder / "engines").iterdir()
+    engine.write_bytes(b"as it was built")
+    engine.chmod(0o444)
+    (tmp_path / "store").hardlink_to(engine)
+    before = sorted(folder.rglob("*"))
+    for cache in (None, tmp_path / "cache"):
+        opened = onnxruntime.open_engine(folder, Host(cache=cache))
+        told = played.providers[-1][0][1]
+        there = Path(told["trt_engine_cache_path"])
+        assert not [name for name in told if "timing" in name]
+        assert (there / engine.name).read_bytes() == b"engine", "the provider wrote, into a copy"
+        assert folder not in there.parents
+        assert cache in (None, there.parent)
+        opened.close()
+        assert not there.exists()
+        assert sorted(folder.rglob("*")) == before
+        assert (tmp_path / "store").read_bytes() == b"as it was built"
+
+
+def test_timings_are_kept_beside_the_store_for_one_gpu_and_version_or_not_at_all(tmp_path):
+    options = onnxruntime.Options(provider="tensorrt")
+    here = {"gpu": "RTX 4090", "architecture": "sm89", "driver": "CUDA 13.0", "tensorrt": "10.14"}
+    other = {**here, "tensorrt": "11.0"}
+    first, second = (trt.timings_in(tmp_path, options, identity) for identity in (here, other))
+    assert first is not None
+    assert second is not None
+    assert first != second
+    assert first.is_relative_to(tmp_path)
+    assert trt.timings_in(None, options, here) is None
+    assert trt.timings_in(tmp_path, options.model_copy(update={"timing_cache": False}), here) is None
+
+
+def test_tensorrts_options_are_for_tensorrt():
     with pytest.raises(ValidationError, match="workspace_mib is for provider tensorrt, and provider is cuda"):
         onnxruntime.Options(provider="cuda", workspace_mib=512)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,26 +56,19 @@ def written(folder: Path, broken: int | None) -> tuple[Path, list[str]]:
     return folder / "out", lines
 
 
-def run(line: str, folder: Path) -> int:
-    command = shlex.split(line)
-    command[0] = str(Path(sys.executable).parent / "polygraphy")
-    # `debug reduce` runs its check through the same name.
-    command = [command[0] if word == "polygraphy" else word for word in command]
-    return subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode
+def test_the_commands_find_the_broken_node(tmp_path):
+    folder, _ = written(tmp_path, BROKEN)
+    found = polygraphy_files.run(folder)
+    assert (found["agrees"], found["first_node"]) == (False, f"MatMul_{BROKEN}")
+    assert "debug reduce" in Path(found["log"]).read_text()
 
 
-def test_the_bisection_finds_the_broken_node(tmp_path):
-    folder, (compare, values, bisect) = written(tmp_path, BROKEN)
-    assert run(compare, folder) != 0
-    assert run(values, folder) == 0
-    assert run(bisect, folder) == 0
-    reduced = onnx.load(folder / "reduced.onnx").graph.node
-    assert reduced[-1].name == f"MatMul_{BROKEN}"
-
-
-def test_a_graph_that_agrees_passes(tmp_path):
-    folder, (compare, _, _) = written(tmp_path, None)
-    assert run(compare, folder) == 0
+def test_a_graph_that_agrees_is_said_to_and_not_searched(tmp_path):
+    folder, _ = written(tmp_path, None)
+    (folder / "reduced.onnx").write_bytes(b"of a run before")
+    found = polygraphy_files.run(folder)
+    assert (found["agrees"], found["first_node"]) == (True, None)
+    assert not (folder / "values.json").exists()
 
 
 def test_the_files_are_whole_and_polygraphy_reads_them(tmp_path):
@@ -88,7 +79,8 @@ def test_the_files_are_whole_and_polygraphy_reads_them(tmp_path):
     assert load_json(str(folder / "inputs.json"))[0]["x"].shape == (4, 8)
     results = [RunResults.load(str(folder / f"{name}.json")) for name in ("reference", "engine")]
     assert [list(found.keys()) for found in results] == [["torch-fp32"], ["sdcompile-onnxruntime"]]
-    assert (folder / "commands.sh").read_text().splitlines()[2:] == lines
+    script = (folder / "commands.sh").read_text().splitlines()
+    assert all(any(row.startswith(line) for row in script) for line in lines)
 
 
 def test_nvidia_engines_are_run_by_their_own_library_with_the_shapes_of_the_call():
@@ -96,6 +88,39 @@ def test_nvidia_engines_are_run_by_their_own_library_with_the_shapes_of_the_call
     assert "--trt" in words
     assert words[words.index("--trt-opt-shapes") + 1] == "x:[2,4]"
     assert "--trt-opt-shapes" not in polygraphy_files.compare("openvino", {"x": (2, 4)}, 35)
+
+
+def test_tensorrt_10_is_told_that_the_graphs_types_hold():
+    assert "--strongly-typed" in polygraphy_files.compare("tensorrt", {"x": (2, 4)}, 35)
+    assert "--trt-opt-shapes" in polygraphy_files.compare("tensorrt", {"x": (2, 4)}, 35)
+    assert "--strongly-typed" in polygraphy_files.bisect("tensorrt", {"x": (2, 4)}, 35)
+    assert "--strongly-typed" not in polygraphy_files.compare("tensorrt_rtx", {"x": (2, 4)}, 35), "it knows no other"
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_onnx_runtimes_engines_are_run_by_the_provider_they_are_for(provider):
+    for command in (polygraphy_files.compare, polygraphy_files.bisect):
+        words = command("onnxruntime", {"x": (2, 4)}, 35, provider)
+        assert words[words.index("--onnxrt") + 1 :][:2] == ["--providers", provider]
+        assert "--providers" not in command("onnxruntime", {"x": (2, 4)}, 35, "auto")
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"agrees": True, "first_node": None}, "agrees with the reference"),
+        ({"agrees": False, "first_node": "MatMul_1"}, "the first node that leaves it is MatMul_1"),
+        ({"agrees": False, "first_node": ""}, "the search failed"),
+    ],
+)
+def test_what_was_found_is_told_with_its_log(found, said):
+    from sdcompile.console.pages import commands
+
+    facts = {"folder": "d", "commands": {"unet": ["polygraphy run"]}, "found": {"unet": {**found, "log": "d/log"}}}
+    told = str(list(commands(facts))[-1])
+    assert said in told
+    assert "d/log" in told
+    assert len(list(commands({**facts, "found": {}}))) == 2
 
 
 def test_a_missing_polygraphy_is_a_host_error(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sdcompile.backends.base import Card, write_card
 from sdcompile.passes import PASSES
 from sdcompile.samples import Writer
 from sdcompile.spec import ComponentSpec, Job, Range, TensorSpec
-from sdcompile.steps import verify
+from sdcompile.steps import verify, verify_images
 from sdcompile.steps.report import fault, stood_in
 
 pytestmark = pytest.mark.tiny
@@ -52,7 +53,7 @@ def save(folder: Path, gain: float = 1.0, bias: float = 0.0) -> Path:
     return folder
 
 
-def report(folder: Path, *, gain: float = 1.0, wrong: float = 0.0) -> dict:
+def report(folder: Path, *, gain: float = 1.0, wrong: float = 0.0, table: dict = CLAIMS) -> dict:
     """Verify an fp16 engine of tensorrt_rtx that no GPU runs; `wrong` is added to what the engine was built from."""
     exported = save(folder / "exported", gain)
     typed, engine, out = folder / "typed", folder / "engine", folder / "out"
@@ -62,7 +63,7 @@ def report(folder: Path, *, gain: float = 1.0, wrong: float = 0.0) -> dict:
     job = Job("unet", {"family": "sd", "options": {}}, "fp16", SPEC, SHAPES)
     PASSES["cast_fp16"].run({"onnx": source}, typed, job)
     write_card(engine, Card("tensorrt_rtx", "unet", "fp16", SPEC, SHAPES, job.params))
-    (engine / "layers.json").write_text(json.dumps(CLAIMS))
+    (engine / "layers.json").write_text(json.dumps(table))
     inputs = {"engine": engine, "onnx": typed, "exported": exported, "samples": recorded(folder / "samples", exported)}
     floor = {"min_snr_db": 35, "min_cosine": 0.999}
     params = {"backend": "tensorrt_rtx", "floor": floor, "stand_in": {"why": "no GPU"}}
@@ -95,6 +96,39 @@ def test_the_onnx_stands_in_for_the_engine_and_the_report_says_so(tmp_path):
     assert "the engine was not run (no GPU)" in stood_in(found)
     assert found["ranges"]["beyond"] == []
     assert found["ranges"]["values"] == 5
+
+
+def one_product(computes: str) -> dict:
+    """layers.json of one product, whose builder wrote that all is well."""
+    row = {"name": "g", "kind": "gemm", "computes": computes, "onnx": ["net.linear/MatMul_0"]}
+    promise = {"attentions": [], "quantized": [], "kept": []}
+    return {"promise": promise, "engines": {"portable": {**CLAIMS["engines"]["portable"], "layers": [row]}}}
+
+
+@pytest.mark.parametrize(("computes", "passed"), [("Half", True), ("Float", False)])
+def test_what_the_layer_table_shows_is_claimed_again_whatever_its_builder_wrote(computes, passed, tmp_path):
+    found = report(tmp_path, table=one_product(computes))
+    assert found["passed"] is passed
+    assert [claim["holds"] for claim in found["proof"]["portable"]] == [passed, True]
+    if not passed:
+        told = fault(found).message
+        assert "not so: no matrix product or convolution in float32" in told
+        assert "net.linear/MatMul_0" in told
+
+
+def test_a_bundles_layer_tables_are_read_again_when_it_is_verified_again(tmp_path, monkeypatch):
+    folder = tmp_path / "components" / "unet"
+    folder.mkdir(parents=True)
+    write_card(folder, Card("tensorrt_rtx", "unet", "fp16", SPEC, SHAPES))
+    entry = SimpleNamespace(precision="fp16", backend="tensorrt_rtx", verification={})
+    manifest = SimpleNamespace(components={"unet": entry}, folder_of="components/{}".format, family="sd")
+    monkeypatch.setattr(verify, "judge", lambda *_: {"passed": True, "backend": "tensorrt_rtx"})
+    monkeypatch.setattr(verify, "Samples", lambda *_: None)
+    monkeypatch.setattr(verify_images, "recheck", lambda *_: {"passed": True})
+    for computes, passed in (("Half", True), ("Float", False)):
+        (folder / "layers.json").write_text(json.dumps(one_product(computes)))
+        again = verify.recheck(tmp_path, manifest, tmp_path)["unet"]  # type: ignore[arg-type]
+        assert again["passed"] is passed
 
 
 def test_another_function_than_the_reference_is_found_out_and_blamed_on_the_onnx(tmp_path):

@@ -61,14 +61,16 @@ def build_engines(
             f"{job.component} for {target}: not so: {claim.claim} (found {claim.found})"
             for target, claims in made.items()
             for claim in claims
-            if not claim.holds
+            if claim.holds is False
         ]
         if faults:
             raise StageError("\n".join(faults), _hint(job, fused_attention))
     data = {
+        # What the claims were held against: the ONNX does not travel with the engine.
+        "promise": {name: sorted(nodes) for name, nodes in vars(promised).items()},
         "engines": {
             target: {"claims": [claim._asdict() for claim in made[target]], **table} for target, table in tables.items()
-        }
+        },
     }
     (out / LAYERS).write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
     version = next(iter(orders.values())).version
