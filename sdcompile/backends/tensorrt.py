@@ -191,7 +191,6 @@ def open_engine(folder: Path, host: Host) -> TrtEngine:
 BACKEND = Backend(
     name="tensorrt",
     takes="onnx",
-    revision=2,
     realises={"fp32": (), "fp16": ("cast_fp16",), "bf16": ("cast_bf16",), "int8": ("nncf_int8",)},
     rests=("fp16",),
     # Zero points other than 0 are refused by the parser; quantised products keep an attention from one kernel.
