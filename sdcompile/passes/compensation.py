@@ -68,7 +68,7 @@ class Layer:
 class Removal:
     """The order in which units go, and the layer's relative squared output error after each.
 
-    order   units, the first to go first; the last one always stays and is not among them
+    order   units, the first to go first; those that always stay, the last one at least, are not among them
     error   (len(order) + 1,): |y' - y|^2 / |y - mean y|^2 after 0, 1, 2, ... units are gone
     """
 
@@ -81,22 +81,30 @@ class Removal:
         return [unit for unit in range(units) if unit not in gone]
 
 
-def removal(layer: Layer, moments: Moments, ridge: float | None, scores: Tensor | None = None) -> Removal:
+def removal(
+    layer: Layer, moments: Moments, ridge: float | None, scores: Tensor | None = None, most: int | None = None
+) -> Removal:
     """The order in which units go: by rising `scores` (units,), or always those whose loss the others best make up for.
 
     `ridge` None: nothing is made up for; it takes scores. One unit goes at a time, of more than 64 a
-    sixty-fourth at once, so that wide layers stay affordable; errors between are on the line between.
+    sixty-fourth at once, so that wide layers stay affordable; errors between are on the line between. It ends when
+    `most` are gone (None: all but one).
     """
     import numpy as np
 
     if ridge is None:
         assert scores is not None
-        steps = list(_dropping(layer, moments, scores))
+        steps = _dropping(layer, moments, scores)
     else:
-        steps = list(_eliminating(layer, moments, ridge, scores))
-    order = [unit for units, _ in steps for unit in units]
-    counts = np.cumsum([0, *(len(units) for units, _ in steps)])
-    errors = np.array([0.0, *(error for _, error in steps)]) / max(output_power(layer, moments), 1e-300)
+        steps = _eliminating(layer, moments, ridge, scores)
+    order: list[int] = []
+    counts, costs = [0], [0.0]
+    while len(order) < (layer.units - 1 if most is None else most):
+        units, cost = next(steps)
+        order += units
+        counts.append(len(order))
+        costs.append(cost)
+    errors = np.array(costs) / max(output_power(layer, moments), 1e-300)
     return Removal(tuple(order), tuple(np.interp(range(len(order) + 1), counts, errors).tolist()))
 
 
@@ -105,16 +113,16 @@ def _eliminating(
 ) -> Iterator[tuple[list[int], float]]:
     """(units that go together, cost of all that are gone) until one unit is left; costs include the ridge's part.
 
-    The inverse of the moments is kept up to date block by block, and with it the others' weights.
+    The inverse of the moments is kept up to date block by block, and with it the others' weights; both shrink.
     """
     import torch
 
     inverse = torch.linalg.inv(_ridged(moments, ridge))
     weights = torch.cat([layer.weight, layer.bias[:, None]], 1)
-    left = torch.arange(layer.units)
+    left, at = torch.arange(layer.units), torch.arange(len(inverse))
     cost = 0.0
     while len(left) > 1:
-        places = layer.columns[left]
+        places = at[layer.columns[left]]
         if scores is None:
             own = inverse[places[:, :, None], places[:, None, :]]
             mine = weights[:, places].permute(1, 2, 0)  # (units, columns, outputs)
@@ -123,19 +131,17 @@ def _eliminating(
             ranks = scores[left]
         going = torch.argsort(ranks, stable=True)[: min(_at_once(layer), len(left) - 1)]
         gone = places[going].reshape(-1)
-        inside = torch.linalg.inv(inverse[gone[:, None], gone])
-        lost = weights[:, gone]
+        there = torch.ones(len(inverse), dtype=torch.bool)
+        there[gone] = False
+        inside, lost = torch.linalg.inv(inverse[gone[:, None], gone]), weights[:, gone]
         cost += float(((lost @ inside) * lost).sum())
-        weights = weights - lost @ inside @ inverse[gone]
-        inverse = inverse - inverse[:, gone] @ inside @ inverse[gone]
-        # Rounding leaves dust where zeros belong; a unit matrix keeps what is gone from the others.
-        inverse[gone], inverse[:, gone] = 0.0, 0.0
-        inverse[gone, gone] = 1.0
-        weights[:, gone] = 0.0
+        shares = inside @ inverse[gone][:, there]
+        weights = weights[:, there].addmm_(lost, shares, alpha=-1)
+        inverse = inverse[there][:, there].addmm_(inverse[there][:, gone], shares, alpha=-1)
         yield left[going].tolist(), cost
         stays = torch.ones(len(left), dtype=torch.bool)
         stays[going] = False
-        left = left[stays]
+        left, at = left[stays], (there.cumsum(0) - 1)[at]
 
 
 def _dropping(layer: Layer, moments: Moments, scores: Tensor) -> Iterator[tuple[list[int], float]]:

@@ -113,11 +113,13 @@ def narrow(
         return [Row(site, 0) for site in places]
     studies = observe(run, model, places, calls, say)
     scores = _scores(run, model, studies, calls, request, say)
+    equal = _uniform(studies, request) if request.uniform else None
     for number, study in enumerate(studies):
         say(f"which units of {study.site.module} to remove", 0.3 + 0.4 * number / len(studies))
         chosen = scores.get(study.site.module)
-        study.removal = compensation.removal(study.layer, study.moments, _ridge(request), chosen)
-    counts = _uniform(studies, request) if request.uniform else _budgeted(run, model, studies, calls, request, say)
+        most = max(_legal(study, request)) if equal is None else equal[study.site.module]
+        study.removal = compensation.removal(study.layer, study.moments, _ridge(request), chosen, most)
+    counts = _budgeted(run, model, studies, calls, request, say) if equal is None else equal
     if not any(counts.values()):
         raise StageError(
             f"nothing can be removed at a ratio of {request.ratio:g}: the smallest legal step of every layer is larger",

@@ -115,6 +115,17 @@ def test_the_errors_are_those_of_the_weights_that_come_out(ridge):
         assert compensation.relative_error(layer, moments, weight, bias) == pytest.approx(error, rel=1e-4, abs=1e-12)
 
 
+@pytest.mark.parametrize("ridge", [None, 1e-3])
+def test_it_ends_where_no_more_may_go_and_is_the_same_until_there(ridge):
+    layer, moments, _ = made(units=100, width=2, rows=1000)
+    scores = None if ridge else torch.arange(100.0)
+    whole = compensation.removal(layer, moments, ridge, scores)
+    part = compensation.removal(layer, moments, ridge, scores, most=30)
+    assert len(part.order) == 30
+    assert (part.order, part.error) == (whole.order[:30], pytest.approx(whole.error[:31]))
+    assert compensation.removal(layer, moments, ridge, scores, most=0).order == ()
+
+
 def test_wide_layers_lose_several_units_at_once():
     layer, moments, _ = made(units=200, width=1, rows=1000)
     removal = compensation.removal(layer, moments, 1e-3)
