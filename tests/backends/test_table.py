@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from sdcompile.backends import BACKENDS, Host, openvino, racing, stub
 from sdcompile.backends.base import Card, card_from_job, read_card, write_card
+from sdcompile.backends.trt import driver
 from sdcompile.errors import StageError
 from sdcompile.spec import PRECISIONS, ComponentSpec, Job, Range, TensorSpec
 
@@ -63,6 +64,7 @@ def _not_installed(name: str) -> str:
 )
 def test_either_onnxruntime_distribution_will_do_but_not_both(installed, devices, warned, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda n: "1" if n in installed else _not_installed(n))
+    monkeypatch.setattr(driver, "look", lambda: driver.Driver((driver.Device("GPU", "sm89", 1),), "CUDA 13.0"))
     found = BACKENDS["onnxruntime"].probe()
     assert found.available
     assert found.devices == devices
