@@ -110,7 +110,8 @@ def test_ctrl_c_stops_a_build_after_the_step_it_is_at(build):
     def press():
         taken.append(1)
         if len(taken) == 3:
-            # The handler alone: a signal sent to this process meets whatever the tests before have loaded into it.
+            # The handler alone: where tests before have used AMX, a signal's frame is larger than the stack that
+            # pytest's faulthandler gives signals, and the kernel ends the process.
             signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
 
     module.during = press
