@@ -273,15 +273,17 @@ def _budgeted(
     Errors of different sites are taken to add up. Of all sites' next steps the one of least error per
     work is taken, until none fits the budget; a step may jump over counts that would only cost more.
     """
-    measure_sensitivity(run, model, studies, calls, request, say)
     whole = _work(studies)
     budget, most = request.ratio * whole, sum(max(_legal(study, request)) * study.cost for study in studies)
+    counts = {study.site.module: 0 for study in studies}
+    if not most:
+        return counts
     if budget > most * (1 + 1e-9):
         raise StageError(
             f"a ratio of {request.ratio:g} cannot be reached: the layers may lose {most / whole:.3g} of their work",
             "ask for less, or for a larger `max_ratio`, a smaller `round_to` or more `layers`",
         )
-    counts = {study.site.module: 0 for study in studies}
+    measure_sensitivity(run, model, studies, calls, request, say)
     spent = 0.0
     while True:
         steps = []
