@@ -371,6 +371,16 @@ def test_patterns_are_left_to_the_passes_where_the_modules_are_not_known(plan, s
     assert plan(INT8, "components.unet.quantize={ignore: [conv_in, '**.to_q', mid_block, 'down_blocks.*.resnets']}")
 
 
+@pytest.mark.parametrize(("backend", "quantized"), [("openvino", False), ("onnxruntime", True)])
+def test_products_of_attention_are_float_where_the_backend_asks_for_it_and_the_recipe_may_differ(
+    plan, backend, quantized
+):
+    chosen = [f"backend={backend}"] + ["precision=fp32"] * (backend == "onnxruntime")
+    assert plan(INT8, *chosen)["unet.quantize.nncf_int8"].job.params["attention_products"] is quantized
+    asked = plan(INT8, *chosen, f"components.unet.quantize.attention_products={str(not quantized).lower()}")
+    assert asked["unet.quantize.nncf_int8"].job.params["attention_products"] is not quantized
+
+
 def test_int8_that_must_win_is_raced_against_what_a_plain_build_would_make(plan):
     plain = plan(INT8, "components.unet.precision=bf16")
     steps = plan(INT8, "components.unet.quantize.accept_if.speedup=1.1")

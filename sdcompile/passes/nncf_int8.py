@@ -75,8 +75,8 @@ class Params(BaseModel):
     )
     attention_products: bool = Field(
         default=True,
-        description="Quantize also the two products inside an attention. TensorRT computes an attention in one kernel "
-        "only where they are float.",
+        description="Quantize also the two products inside an attention. Unset = only for onnxruntime: OpenVINO and "
+        "TensorRT compute an attention in one kernel where they are float.",
     )
     vectors: bool = Field(
         default=False,
