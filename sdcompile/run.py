@@ -24,6 +24,7 @@ from sdcompile.files import link_tree
 from sdcompile.passes import PASSES
 from sdcompile.plan import SOURCE, Machine, Plan, Step, resolve
 from sdcompile.recipe import Recipe, load
+from sdcompile.recipe.changes import in_precision, with_float
 from sdcompile.spec import PIPELINE, Job, Precision, Say, Stage, at_target, say_nothing
 from sdcompile.steps import OPS
 from sdcompile.steps.report import broken, fault
@@ -158,7 +159,7 @@ def build(
 
     Raises VerifyError when an engine misses its floor, unless the recipe says `on_fail: fallback` (or `on_nan:
     fallback`, where it overflows or gives NaN or one colour): then the component is rebuilt in fp32. One that loses
-    the race of `accept_if` is rebuilt unquantized. The manifest says so.
+    the race of `accept_if` is rebuilt without the groups of layers that lose it, or unquantized. The manifest says so.
     """
     while True:
         plan = work.plan.until(stage, only)
@@ -175,6 +176,8 @@ def build(
             why = missed.broken or missed.error.message.splitlines()[0]
             note = f"asked for {asked}, built in fp32 because verification failed: {why}"
             _fall_back(work, name, missed.target, "fp32", note, observer)
+        except _Slower as slower:
+            _leave_in_float(work, slower.race, slower.target, observer)
         except _Lost as lost:
             race = lost.race
             note = (
@@ -189,7 +192,23 @@ def _fall_back(work: Build, component: str, target: str, precision: Precision, n
     name = at_target(component, target)
     observer.warn(f"{name}: {note}")
     work.fallbacks[name] = note
-    work.recipe = work.recipe.in_precision(component, precision, target)
+    work.recipe = in_precision(work.recipe, component, precision, target)
+    work.plan = resolve(work.recipe, work.source, this_machine(), work.fallbacks)
+
+
+def _leave_in_float(work: Build, race: Mapping[str, Any], target: str, observer: Observer) -> None:
+    """Plan again with the groups of layers unquantized that take longer in int8; the manifest will say so."""
+    groups, rest = race["slower"], race["rival"]
+    int8, rival = (sum(race["groups"][group][k] for group in groups) for k in range(2))
+    some = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more" if len(groups) > 3 else "")
+    note = (
+        f"{len(groups)} of {len(race['groups'])} groups of layers stay in {rest}, where they take {rival:.3g} ms of a "
+        f"call and in {race['precision']} {int8:.3g} here: {some}"
+    )
+    name = at_target(race["component"], target)
+    observer.warn(f"{name}: {note}")
+    work.fallbacks[name] = note
+    work.recipe = with_float(work.recipe, race["component"], groups, target)
     work.plan = resolve(work.recipe, work.source, this_machine(), work.fallbacks)
 
 
@@ -199,6 +218,10 @@ class _Lost(Exception):  # noqa: N818 - a turn of the loop, not an error a user 
     def __init__(self, race: Mapping[str, Any], target: str = "") -> None:
         super().__init__(race["component"])
         self.race, self.target = race, target
+
+
+class _Slower(_Lost):
+    """Groups of layers in a quantized engine take longer than they would unquantized."""
 
 
 class _Missed(Exception):  # noqa: N818 - a turn of the loop, not an error a user meets
@@ -256,6 +279,8 @@ def _gate(step: Step, folder: Path) -> None:
     # Which width of a denoiser it is, only the plan knows: engines are the same whatever they are called.
     if step.gives == "race":
         race = json.loads((folder / "race.json").read_text(encoding="utf-8")) | {"component": step.component}
+        if race["slower"]:
+            raise _Slower(race, step.target)
         if not race["won"]:
             raise _Lost(race, step.target)
         return

@@ -385,70 +385,92 @@ def test_int8_that_must_win_is_raced_against_what_a_plain_build_would_make(plan)
     plain = plan(INT8, "components.unet.precision=bf16")
     steps = plan(INT8, "components.unet.quantize.accept_if.speedup=1.1")
     race = steps["unet.compile.race"]
-    assert race.inputs == {"engine": "unet.compile.openvino", "rival": "unet.compile.openvino-bf16"}
-    assert race.job.params == {"backend": "openvino", "speedup": 1.1}
+    assert race.inputs == {
+        "engine": "unet.compile.openvino", "rival": "unet.compile.openvino-bf16", "onnx": "unet.quantize.nncf_int8",
+    }  # fmt: skip
+    assert race.job.params == {"backend": "openvino", "speedup": 1.1, "groups": True}
     assert steps["unet.compile.openvino-bf16"].key == plain["unet.compile.openvino"].key, "a lost race repeats no work"
     assert steps["pipeline.package.bundle"].inputs["race.unet"] == race.name
     assert race.name in [s.name for s in steps.until("compile", "unet")]
     assert "unet.compile.race" not in [s.name for s in plan(INT8)]
 
 
-@pytest.mark.parametrize(("wanted", "won"), [(1e-6, True), (1e6, False)])
-def test_a_race_says_who_won(tmp_path, wanted, won):
-    import json
+@pytest.fixture
+def turned(plan, source, monkeypatch):
+    """Plan INT8 with some settings, let its races end as told, one after the other, and build: (work, plans, said)."""
+    from contextlib import nullcontext
 
-    from sdcompile.spec import ComponentSpec, Job, Range, TensorSpec
-    from sdcompile.steps import race
-
-    spec = ComponentSpec("unet", (TensorSpec("x", ("R", 4), "float32"),), (TensorSpec("y", ("R", 4), "float32"),))
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    (weights / "config.json").write_text("{}")
-    for role, precision in (("engine", "int8"), ("rival", "bf16")):
-        (tmp_path / role).mkdir()
-        job = Job("unet", {"family": "sd", "options": {}}, precision, spec, {"R": Range(1, 2, 2)})
-        BACKENDS["stub"].build(weights, tmp_path / role, job)
-    inputs = {role: tmp_path / role for role in ("engine", "rival")}
-    race.run(inputs, tmp_path, Job("unet", {"backend": "stub", "speedup": wanted}))
-    told = json.loads((tmp_path / "race.json").read_text())
-    assert (told["precision"], told["rival"], told["won"]) == ("int8", "bf16", won)
-    assert set(told["timings"]) == {"engine", "rival"}
-
-
-def test_a_lost_race_builds_the_component_unquantized_and_says_so(plan, source, monkeypatch):
     from sdcompile import run
     from sdcompile.console import Observer
 
-    said: list[str] = []
-
-    class Quiet(Observer):
-        def warn(self, text: str) -> None:
-            said.append(text)
-
-    first = plan(INT8, "components.unet.quantize.accept_if.speedup=1.1")
-    race = {"component": "unet", "precision": "int8", "rival": "bf16", "speedup": 0.9, "wanted": 1.1, "won": False}
-    plans: list[Plan] = []
-
-    def make_all(work, plan, observer):
-        plans.append(plan)
-        if len(plans) == 1:
-            raise run._Lost(race)
-        return {}
-
     class NoStore:
         def using(self, keys):
-            from contextlib import nullcontext
-
             return nullcontext()
 
-    monkeypatch.setattr(run, "_make_all", make_all)
-    work = run.Build(first.recipe, source, NoStore(), first)
-    run.build(work, "package", Quiet(), force=True)
+    def build(races, *sets):
+        said, plans = [], []
+
+        class Quiet(Observer):
+            def warn(self, text: str) -> None:
+                said.append(text)
+
+        def make_all(work, plan, observer):
+            plans.append(plan)
+            if len(plans) <= len(races):
+                race = RACE | races[len(plans) - 1]
+                raise run._Slower(race) if race["slower"] else run._Lost(race)
+            return {}
+
+        monkeypatch.setattr(run, "_make_all", make_all)
+        first = plan(INT8, "components.unet.quantize.accept_if.speedup=1.1", *sets)
+        work = run.Build(first.recipe, source, NoStore(), first)
+        run.build(work, "package", Quiet(), force=True)
+        return work, plans, said
+
+    return build
+
+
+RACE = {
+    "component": "unet", "precision": "int8", "rival": "bf16", "speedup": 0.9, "wanted": 1.1, "won": False,
+    "slower": [], "groups": {"conv_in": [3.0, 1.0], "mid_block.resnets.0": [2.5, 2.0], "conv_out": [1.0, 2.0]},
+}  # fmt: skip
+
+
+def test_a_lost_race_builds_the_component_unquantized_and_says_so(turned):
+    work, plans, said = turned([{}])
     assert work.recipe.effective("unet").precision == "bf16"
     assert "unet.quantize.nncf_int8" not in [s.name for s in plans[1]]
     assert "0.90 times as fast, and accept_if wants 1.1" in work.fallbacks["unet"]
     assert plans[1]["pipeline.package.bundle"].job.params["fallbacks"] == work.fallbacks
     assert said
+
+
+def test_groups_that_are_slower_in_int8_stay_in_float_and_are_raced_once_more(turned):
+    slower = {"slower": ["conv_in", "mid_block.resnets.0"]}
+    _, plans, said = turned([slower], "components.unet.quantize.ignore=[conv_out]")
+    quantize = plans[1]["unet.quantize.nncf_int8"].job.params
+    assert quantize["ignore"] == ["conv_out", "conv_in", "mid_block.resnets.0"], "what the recipe ignores stays ignored"
+    assert plans[0]["unet.quantize.nncf_int8"].key != plans[1]["unet.quantize.nncf_int8"].key
+    assert plans[1]["unet.compile.race"].job.params == {"backend": "openvino", "speedup": 1.1, "groups": False}
+    rivals = [made["unet.compile.openvino-bf16"] for made in plans]
+    assert rivals[0].job == rivals[1].job, "the rival is made once"
+    assert said == [
+        "unet: 2 of 3 groups of layers stay in bf16, where they take 3 ms of a call and in int8 5.5 here: conv_in, "
+        "mid_block.resnets.0"
+    ]
+    assert plans[1]["pipeline.package.bundle"].job.params["fallbacks"]["unet"] in said[0]
+
+
+def test_int8_that_loses_even_so_is_given_up(turned):
+    work, plans, _ = turned([{"slower": ["conv_in"]}, {"speedup": 1.05}])
+    assert len(plans) == 3
+    assert work.recipe.effective("unet").precision == "bf16"
+    assert "1.05 times as fast" in work.fallbacks["unet"]
+
+
+def test_groups_are_not_told_apart_where_the_recipe_does_not_want_it(plan):
+    steps = plan(INT8, "components.unet.quantize.accept_if={speedup: 1.1, groups: false}")
+    assert steps["unet.compile.race"].job.params["groups"] is False
 
 
 EFFECTS = {

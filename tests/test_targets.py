@@ -11,6 +11,7 @@ from sdcompile.backends import BACKENDS, Probe
 from sdcompile.errors import HostError, RecipeError
 from sdcompile.plan import Machine, Plan, resolve
 from sdcompile.recipe import Recipe, dump, load, schema
+from sdcompile.recipe.changes import in_precision, with_float
 
 BASE = """
 version: 1
@@ -238,7 +239,24 @@ def test_a_provider_this_machine_has_not_is_no_step_that_it_can_take(plan):
 
 
 def test_falling_back_changes_the_one_target_that_failed(tmp_path):
-    found = recipe(tmp_path).in_precision("unet", "fp32", "tensorrt_rtx:portable").by_target()
+    found = in_precision(recipe(tmp_path), "unet", "fp32", "tensorrt_rtx:portable").by_target()
     assert [one.effective("unet").precision for one in found.values()] == ["fp16", "fp32", "bf16", "fp32"]
-    alone = recipe(tmp_path, "targets=", "backend=openvino", "precision=bf16").in_precision("unet", "fp32")
+    alone = in_precision(recipe(tmp_path, "targets=", "backend=openvino", "precision=bf16"), "unet", "fp32")
     assert alone.effective("unet").precision == "fp32"
+
+
+def test_groups_are_left_in_float_in_one_target_alone(tmp_path):
+    sets = (
+        "components.unet.precision=int8",
+        "components.unet.quantize={ignore: [conv_out], accept_if: {speedup: 1.1}}",
+    )
+    changed = with_float(recipe(tmp_path, *sets), "unet", ["conv_in"], "openvino").by_target()
+    quantize = {target: one.quantizing("unet") for target, one in changed.items()}
+    assert quantize["openvino"].params["ignore"] == ["conv_out", "conv_in"]
+    assert quantize["openvino"].accept_if.speedup == 1.1
+    assert not quantize["openvino"].accept_if.groups
+    assert quantize["onnxruntime"].params["ignore"] == ["conv_out"]
+    assert quantize["onnxruntime"].accept_if.groups
+    alone = with_float(recipe(tmp_path, "targets=", "backend=openvino", "precision=int8"), "unet", ["conv_in"])
+    assert alone.quantizing("unet").params == {"ignore": ["conv_in"]}
+    assert alone.quantizing("text_encoder").params == {}

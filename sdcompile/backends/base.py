@@ -158,6 +158,8 @@ class Backend:
     build      (src, out, job): read the form in `src`, write the engine's files into `out`
     open       (dir, host): the engine in `dir`, ready to run
     host_bound True when the bytes `build` writes also depend on this machine's processor and device
+    profile    (dir, feeds, calls) -> what one call spends where: (names of the operators that one kernel computes,
+               the least seconds over the calls), in the order they run; None = such engines do not tell
     device     (what `probe` found, options) -> what, of a device that these options alone ask for, decides bytes and
                figures (part of the key)
     memory     peak resident memory of `build`: (times the component's fp32 bytes, plus GiB)
@@ -189,6 +191,7 @@ class Backend:
     lacks: Callable[[Probe, Precision, BaseModel], str] = _lacks_nothing
     fits: Callable[[Path], str] = _fits_all
     device: Callable[[Probe, BaseModel], Mapping[str, str]] = _no_device
+    profile: Callable[[Path, Mapping[str, np.ndarray], int], list[tuple[str, float]]] | None = None
 
 
 def rebuilding(component: str, backend: str) -> str:

@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from sdcompile.backends import onnxruntime_tensorrt as trt
 from sdcompile.backends.base import Backend, Card, Host, Probe, card_from_job, read_card, write_card
 from sdcompile.backends.onnxruntime_binding import Bindings
+from sdcompile.backends.onnxruntime_profile import least
 from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError, StageError
 from sdcompile.files import link
@@ -233,6 +234,14 @@ def open_engine(folder: Path, host: Host) -> OnnxRuntimeEngine:
         raise
 
 
+def profile(folder: Path, feeds: Mapping[str, np.ndarray], calls: int) -> list[tuple[str, float]]:
+    """What one call of the engine in `folder` spends in each node, by ONNX Runtime's own clocks (see `Backend`)."""
+    card = read_card(folder, BACKEND.name)
+    graph, given = folder / "model.onnx", {tensor.name: feeds[tensor.name] for tensor in card.spec.inputs}
+    opening = partial(_session, graph, Options.model_validate(dict(card.options)), Host())
+    return least(graph, lambda file: opening(profile_to=file), given, calls)
+
+
 def fits_here(folder: Path) -> str:
     """Nothing to choose from; raises HostError where the provider the engine in `folder` asks for cannot be here, or
     TensorRT's engines in it were built for another GPU or version."""
@@ -256,8 +265,10 @@ def _session(
     *,
     tensorrt: Mapping[str, str] | None = None,
     optimized: Path | None = None,
+    profile_to: Path | None = None,
 ) -> ort.InferenceSession:
-    """`tensorrt`: what its provider is told; `optimized`: where to write the graph as ONNX Runtime rewrote it."""
+    """`tensorrt`: what its provider is told; `optimized`: where to write the graph as ONNX Runtime rewrote it;
+    `profile_to`: with what a file starts that tells of every call."""
     device = options.device
     try:
         import onnxruntime as ort
@@ -284,6 +295,8 @@ def _session(
     if optimized is not None:
         settings.optimized_model_filepath = str(optimized)
         settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+    if profile_to is not None:
+        settings.enable_profiling, settings.profile_file_prefix = True, str(profile_to)
     # Spinning workers burn whole cores between calls (7x the CPU time of a text encoder call, measured).
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[Any] = [wanted]
@@ -379,6 +392,7 @@ BACKEND = Backend(
     lacks=lacks,
     fits=fits_here,
     device=device,
+    profile=profile,
     export=export,
     refuses=refuses,
     modes={"static": (8,), "weights": (8, 4), "dynamic": (8,)},

@@ -135,6 +135,23 @@ def open_engine(folder: Path, host: Host) -> OpenVinoEngine:
     return engine
 
 
+def profile(folder: Path, feeds: Mapping[str, np.ndarray], calls: int) -> list[tuple[str, float]]:
+    """What one call of the engine in `folder` spends in each kernel, by OpenVINO's own counters (see `Backend`)."""
+    card = read_card(folder, BACKEND.name)
+    mode, hint = card.measured["shape_mode"], card.measured["hint"]
+    core = import_openvino().Core()
+    engine = OpenVinoEngine(core, folder, card, Host(), shape_mode=mode, hint=hint, counting=True)
+    try:
+        engine(feeds)  # kernels are made at the first call
+        rows = []
+        for _ in range(calls):
+            engine(feeds)
+            rows.append(engine.counted())
+    finally:
+        engine.close()
+    return [(same[0][0], min(seconds for _, seconds in same)) for same in zip(*rows, strict=True)]
+
+
 def settle(core: ov.Core, folder: Path, card: Card, options: Options, say: Say) -> dict[str, Any]:
     """Decide shape mode and compile hint of the engine in `folder`, measuring where they are "auto".
 
@@ -194,10 +211,13 @@ class OpenVinoEngine:
     """OpenVINO IR on the CPU.
 
     Weights stay mapped from the file; compiled models of the last shapes are kept as far as
-    `_COMPILED_BYTES` allows. `hint` is the type asked of the compiler ("fp32", "fp16", "bf16").
+    `_COMPILED_BYTES` allows. `hint` is the type asked of the compiler ("fp32", "fp16", "bf16"). `counting` has
+    OpenVINO clock every kernel, which takes a little time itself.
     """
 
-    def __init__(self, core: ov.Core, folder: Path, card: Card, host: Host, *, shape_mode: str, hint: str) -> None:
+    def __init__(
+        self, core: ov.Core, folder: Path, card: Card, host: Host, *, shape_mode: str, hint: str, counting: bool = False
+    ) -> None:
         self.inputs, self.outputs = card.spec.inputs, card.spec.outputs
         self._core = core
         self._folder = folder
@@ -205,6 +225,7 @@ class OpenVinoEngine:
         self._host = host
         self._shape_mode = shape_mode
         self._hint = hint
+        self._counting = counting
         self._requests: OrderedDict[tuple[tuple[int, ...], ...], ov.InferRequest] = OrderedDict()
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
         self._model: ov.Model | None = None
@@ -243,6 +264,11 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise StageError(f"{self._card.component}: OpenVINO cannot run shapes {key}: {reason(error)}") from error
         return {t.name: results[t.name] for t in self.outputs}
+
+    def counted(self) -> list[tuple[str, float]]:
+        """Of the last call: the operators that each kernel computes and the seconds it took, in order."""
+        request = next(reversed(self._requests.values()))
+        return graphs.counted(request)
 
     def close(self) -> None:
         self._requests.clear()
@@ -289,6 +315,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": _TYPES[self._runnable_hint()],
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": self._card.options.get("streams", 1),
+            "PERF_COUNT": self._counting,
         }
         if self._host.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self._host.threads
@@ -346,6 +373,7 @@ BACKEND = Backend(
     build=build,
     open=open_engine,
     packages=("openvino",),
+    profile=profile,
     host_bound=True,
     revision=2,
 )

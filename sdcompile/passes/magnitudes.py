@@ -63,7 +63,9 @@ def _probe(graph: onnx.ModelProto, values: Sequence[str], folder: Path, scratch:
 
     for path in folder.glob("model.onnx.*"):
         link(path, scratch / path.name)
-    for index, value in enumerate(values):
+    # ONNX Runtime begins with what the last node needs. Were that the last value, every one before it would be
+    # computed, and held, until its probe's turn came (the UNet of SD 1.5: more than 22 GiB instead of 2.9).
+    for index, value in reversed(list(enumerate(values))):
         graph.graph.node.append(helper.make_node("Abs", [value], [f"magnitude_{index}"], name=f"magnitude_{index}"))
         graph.graph.node.append(
             helper.make_node(

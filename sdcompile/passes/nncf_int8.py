@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sdcompile.passes.sensitivity import Judge
     from sdcompile.samples import Samples
 
-REVISION = 5
+REVISION = 6
 
 SENSITIVITY = "sensitivity.json"
 
@@ -197,15 +197,15 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
         groups = qdq.groups(qdq.load(graph).graph)
         left_out: list[str] = []
         if params.budget is not None or params.sensitivity:
-            alone = sensitivity.measure(judge, groups, job.say)
+            parts = sensitivity.measure(judge, groups, job.say, blocks=not params.sensitivity)
             if params.budget is not None:
                 floor_db = params.budget.min_snr_db
-                left_out, chosen = sensitivity.choose(judge, alone, everything, floor_db, job.say)
+                left_out, chosen = sensitivity.choose(parts, everything, floor_db, job.say)
                 if left_out and params.bias_correction != "off":
                     gone = {name for group in left_out for name in groups[group]}
                     more, chosen = _corrected_again(inputs, graph, job, params, ignored | gone, judge, floor_db)
                     left_out += more
-            told = sensitivity.report(judge, groups, alone, everything, left_out, chosen)
+            told = sensitivity.report(parts, groups, everything, left_out, chosen)
             (out / SENSITIVITY).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         model = qdq.load(graph)
         if left_out and params.bias_correction == "off":
@@ -240,12 +240,13 @@ def _corrected_again(
     more: list[str] = []
     while True:
         _insert_pairs(inputs, graph, job, params, ignored)
+        judge = judge.again()
         noise = judge.noise(None)
         if noise.max() <= sensitivity.most_noise(floor_db):
             return more, noise
         groups = qdq.groups(qdq.load(graph).graph)
-        alone = sensitivity.measure(judge, groups, job.say)
-        found, _ = sensitivity.choose(judge, alone, noise, floor_db, job.say)
+        parts = sensitivity.measure(judge, groups, job.say, blocks=True)
+        found, _ = sensitivity.choose(parts, noise, floor_db, job.say)
         more += found
         before, ignored = ignored, {*ignored, *(name for group in found for name in groups[group])}
         if len(ignored) == len(before):
@@ -357,7 +358,7 @@ PASS = Pass(
     calibrates=lambda params: True,
     # Measured on SD 1.5, a UNet of 3.2 GiB: 15.3 GiB on a Xeon with AMX, 10.9 to 11.1 on an EPYC (Zen 5).
     memory=(4.5, 0.9),
-    # The graph with pairs, its weights still fp32, beside the result; and where the store shares the source's file,
-    # a copy of it for as long as it is read (which meets the graph where biases are corrected again).
-    disk=2.0,
+    # The graph with pairs, its weights still fp32, and these rounded, beside the result; and where the store shares the
+    # source's file, a copy of it for as long as it is read (which meets the others where biases are corrected again).
+    disk=3.0,
 )

@@ -8,7 +8,7 @@ path the exporter kept; a pair belongs to the groups of what it feeds. It knows 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,24 +159,78 @@ def keep_only(model: ir.Model, kept: Collection[str]) -> None:
                 graph.remove(quantize, safe=True)
 
 
+def rounded_weights(model: ir.Model, folder: Path, file: str) -> dict[str, ir.ExternalTensor]:
+    """Write what every quantized weight is read as, in float32, to `folder/file`; by the name of its QuantizeLinear."""
+    import onnx_ir as ir
+
+    found: dict[str, ir.LazyTensor] = {}
+    for quantize, _, _ in pairs(model.graph):
+        weight = quantize.inputs[0]
+        if weight is not None and weight.is_initializer() and str(quantize.name) not in found:
+            found[str(quantize.name)] = _rounded(quantize)
+    written = ir.external_data.convert_tensors_to_external(list(found.values()), folder, file)
+    return dict(zip(found, written, strict=True))
+
+
+def round_weights(model: ir.Model, rounded: Mapping[str, ir.ExternalTensor]) -> None:
+    """Replace, in place, the pair of every weight by what it is read as (`rounded_weights`): nothing is left to
+    compute, and where the engine maps files, nothing to hold."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    for quantize, dequantize, _ in list(pairs(graph)):
+        tensor = rounded.get(str(quantize.name))
+        if tensor is None:
+            continue
+        value = graph.initializers.get(str(tensor.name))
+        if value is None:
+            value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            graph.initializers.add(value)
+        for use in list(dequantize.outputs[0].uses()):
+            use.node.replace_input_with(use.idx, value)
+        graph.remove(dequantize, safe=True)
+        if not quantize.outputs[0].uses():
+            graph.remove(quantize, safe=True)
+    drop_unused(graph)
+
+
+def _rounded(quantize: ir.Node) -> ir.LazyTensor:
+    """(integer - zero point) * scale of a weight, as DequantizeLinear computes it."""
+    import numpy as np
+    import onnx_ir as ir
+
+    weight, steps, zeros, axis, block_size = _quantization(quantize)
+
+    def make() -> ir.Tensor:
+        values = weight.numpy()
+        scale, zero_point = (_along(t.numpy(), values.ndim, axis, block_size) for t in (steps, zeros))
+        integers = quantized(values, steps.numpy(), zeros.numpy(), axis, block_size).astype(np.float32)
+        return ir.Tensor((integers - zero_point.astype(np.float32)) * scale, name=name)
+
+    name = f"{weight.name}_rounded_{quantize.name}"
+    return ir.LazyTensor(make, dtype=ir.DataType.FLOAT, shape=ir.Shape(weight.shape.numpy()), name=name)
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Take out, in place, the initializers that nothing reads."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in graph.outputs:
+            del graph.initializers[name]
+
+
 def fold_weights(model: ir.Model) -> None:
     """Replace, in place, every quantized weight by its integers, computed when they are written, tensor by tensor."""
     graph = model.graph
     for quantize, _, _ in list(pairs(graph)):
-        weight, scale, zero_point = quantize.inputs[:3]
+        weight = quantize.inputs[0]
         if weight is None or not weight.is_initializer() or quantize.outputs[0].name in graph.initializers:
             continue
-        told = {
-            name: quantize.attributes[name].as_int() for name in ("axis", "block_size") if name in quantize.attributes
-        }
-        folded = _integers(weight, scale, zero_point, told.get("axis", 1), told.get("block_size", 0))
+        folded = _integers(quantize)
         for use in list(quantize.outputs[0].uses()):
             use.node.replace_input_with(use.idx, folded)
         graph.remove(quantize, safe=True)
         graph.initializers.add(folded)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and value not in graph.outputs:
-            del graph.initializers[name]
+    drop_unused(graph)
 
 
 def quantized(
@@ -187,39 +241,46 @@ def quantized(
     import ml_dtypes
     import numpy as np
 
-    def along(values: np.ndarray) -> np.ndarray:
-        if block_size:
-            return np.repeat(values, block_size, axis)
-        if values.size == 1:
-            return values.reshape(())
-        return values.reshape([-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)])
-
     limits = ml_dtypes.iinfo(zero_point.dtype)
-    levels = np.rint(weight / along(scale)) + along(zero_point.astype(np.float32))
+    scale, zeros = (_along(values, weight.ndim, axis, block_size) for values in (scale, zero_point.astype(np.float32)))
+    levels = np.rint(weight / scale) + zeros
     result: np.ndarray = np.clip(levels, limits.min, limits.max).astype(zero_point.dtype)
     return result
 
 
-def _integers(
-    weight: ir.Value, scale: ir.Value | None, zero_point: ir.Value | None, axis: int, block_size: int
-) -> ir.Value:
-    import onnx_ir as ir
+def _along(values: np.ndarray, ndim: int, axis: int, block_size: int) -> np.ndarray:
+    """Scales or zero points in a shape that a weight of `ndim` axes can be divided by."""
+    import numpy as np
 
-    assert scale is not None
-    assert zero_point is not None
-    tensor, steps, zeros = (v.const_value for v in (weight, scale, zero_point))
-    assert tensor is not None
+    if block_size:
+        return np.repeat(values, block_size, axis)
+    if values.size == 1:
+        return values.reshape(())
+    return values.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)])
+
+
+def _quantization(quantize: ir.Node) -> tuple[ir.TensorProtocol, ir.TensorProtocol, ir.TensorProtocol, int, int]:
+    """Of a constant's QuantizeLinear: the constant, scales, zero points, axis and block size."""
+    tensors = [value.const_value for value in quantize.inputs[:3] if value is not None]
+    weight, steps, zeros = tensors
+    assert weight is not None
     assert steps is not None
     assert zeros is not None
+    told = {name: quantize.attributes[name].as_int() for name in ("axis", "block_size") if name in quantize.attributes}
+    return weight, steps, zeros, told.get("axis", 1), told.get("block_size", 0)
+
+
+def _integers(quantize: ir.Node) -> ir.Value:
+    import onnx_ir as ir
+
+    weight, steps, zeros, axis, block_size = _quantization(quantize)
 
     def make() -> ir.Tensor:
-        return ir.Tensor(quantized(tensor.numpy(), steps.numpy(), zeros.numpy(), axis, block_size), name=name)
+        return ir.Tensor(quantized(weight.numpy(), steps.numpy(), zeros.numpy(), axis, block_size), name=name)
 
     name = f"{weight.name}_quantized"
-    shape = weight.shape
-    assert shape is not None
-    lazy = ir.LazyTensor(make, dtype=zeros.dtype, shape=shape, name=name)
-    return ir.Value(name=name, type=ir.TensorType(zeros.dtype), shape=shape, const_value=lazy)
+    lazy = ir.LazyTensor(make, dtype=zeros.dtype, shape=ir.Shape(weight.shape.numpy()), name=name)
+    return ir.Value(name=name, type=ir.TensorType(zeros.dtype), shape=ir.Shape(weight.shape.numpy()), const_value=lazy)
 
 
 def check(model: ir.Model, *, symmetric: bool) -> dict[str, int]:

@@ -10,7 +10,7 @@ as float arithmetic, which is what int8 kernels compute up to rounding.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from sdcompile.samples import Samples
 from sdcompile.spec import Say
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
     Noise = NDArray[np.float64]
@@ -35,6 +36,7 @@ _SLACK = 1e-5
 class Judge:
     """Held out samples, what the float graph answers to them, and a graph with every pair that variants are made from.
 
+    `rounded` are its quantized weights as they are read, in a file beside it (`qdq.rounded_weights`).
     `noise` of a variant: per sample, sum (answer - value)^2 / sum answer^2, of its worst output.
     """
 
@@ -42,6 +44,11 @@ class Judge:
     names: tuple[str, ...]
     graph: Path
     answers: tuple[Mapping[str, NDArray[Any]], ...]
+    rounded: Mapping[str, ir.ExternalTensor]
+
+    def again(self) -> Judge:
+        """The same, of a graph that was written anew."""
+        return replace(self, rounded=_rounded(self.graph))
 
     @property
     def regions(self) -> list[str | None]:
@@ -51,13 +58,13 @@ class Judge:
         """With only the groups `kept` quantized; None = all of them."""
         import onnx_ir as ir
 
-        path = self.graph
+        model = qdq.load(self.graph)
         if kept is not None:
-            model = qdq.load(self.graph)
             qdq.keep_only(model, kept)
-            # Beside the graph, because both refer to the same file of weights.
-            path = self.graph.with_name("variant.onnx")
-            ir.save(model, path)
+        qdq.round_weights(model, self.rounded)
+        # Beside the graph, because both refer to the same files of weights.
+        path = self.graph.with_name("variant.onnx")
+        ir.save(model, path)
         pairs = zip(self.answers, answers(path, self.samples, self.names), strict=True)
         return np.array([max(10 ** (-metrics.snr_db(a[k], value[k]) / 10) for k in a) for a, value in pairs])
 
@@ -72,7 +79,11 @@ def judge(samples: Samples, count: int, graph: Path, source: Path) -> Judge:
         )
     wanted = min(count, len(names))
     chosen = tuple(names[i * len(names) // wanted] for i in range(wanted))
-    return Judge(samples, chosen, graph, tuple(answers(source, samples, chosen)))
+    return Judge(samples, chosen, graph, tuple(answers(source, samples, chosen)), _rounded(graph))
+
+
+def _rounded(graph: Path) -> dict[str, ir.ExternalTensor]:
+    return qdq.rounded_weights(qdq.load(graph), graph.parent, "rounded.data")
 
 
 def answers(path: Path, samples: Samples, names: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
@@ -92,45 +103,80 @@ def snr_by_region(noise: Noise, regions: Sequence[str | None]) -> dict[str, floa
     return dict(sorted(found.items(), key=lambda row: ("early", "mid", "late", "all").index(row[0])))
 
 
-def measure(judge: Judge, groups: Mapping[str, list[str]], say: Say) -> dict[str, Noise]:
-    """Group -> noise with that group alone quantized."""
-    found = {}
-    for number, name in enumerate(groups):
-        say(f"sensitivity of {name} ({number + 1} of {len(groups)})", number / len(groups))
-        found[name] = judge.noise({name})
-    return found
+@dataclass
+class Parts:
+    """Parts of a model that hold all of its groups between them, and the noise each of them alone adds.
+
+    A part is one group, or a block of several (`closed`, with their names) that nobody has looked into yet.
+    """
+
+    judge: Judge
+    groups: tuple[str, ...]
+    noise: dict[str, Noise]
+    closed: dict[str, list[str]]
+
+    def open(self, block: str, say: Say) -> None:
+        """Measure the groups of a block one by one, in its place."""
+        found = {}
+        inside = self.closed.pop(block)
+        for number, name in enumerate(inside):
+            say(f"sensitivity of {name} ({number + 1} of {len(inside)} in {block})", None)
+            found[name] = self.judge.noise({name})
+        del self.noise[block]
+        self.noise |= found
+
+    def without(self, left_out: Collection[str]) -> Noise:
+        """Measured: the noise with all groups but these quantized."""
+        return self.judge.noise(set(self.groups) - set(left_out))
 
 
-def choose(
-    judge: Judge, alone: Mapping[str, Noise], everything: Noise, min_snr_db: float, say: Say
-) -> tuple[list[str], Noise]:
+def measure(judge: Judge, groups: Collection[str], say: Say, *, blocks: bool = False) -> Parts:
+    """The noise of each of `groups`, or of `blocks` of them: what has the first two names of its path in common."""
+    parts: dict[str, list[str]] = {}
+    for group in groups:
+        parts.setdefault(".".join(group.split(".")[:2]) if blocks else group, []).append(group)
+    parts = {names[0] if len(names) == 1 else part: names for part, names in parts.items()}
+    noise = {}
+    for number, (part, names) in enumerate(parts.items()):
+        say(f"sensitivity of {part} ({number + 1} of {len(parts)})", number / len(parts))
+        noise[part] = judge.noise(set(names))
+    return Parts(judge, tuple(groups), noise, {part: names for part, names in parts.items() if len(names) > 1})
+
+
+def choose(parts: Parts, everything: Noise, min_snr_db: float, say: Say) -> tuple[list[str], Noise]:
     """Groups to leave out so that every sample keeps `min_snr_db`, and the noise that remains.
 
     Left out is, again and again, the group that adds most to the sample that is worst off; the sum is scaled
-    to what was measured last. Then each is taken back that a later one made needless, so that none is left out
-    for nothing. Raises StageError when even the least sensitive group alone misses the floor.
+    to what was measured last. A block that adds most is opened: as noise adds up (nearly), no group in another one
+    adds more than that block does, so that the groups of most blocks are never measured. Then each is taken back that
+    a later one made needless, so that none is left out for nothing. Raises StageError when even the least sensitive
+    group alone misses the floor.
     """
     allowed = most_noise(min_snr_db)
+    alone = parts.noise
     left_out: list[str] = []
     noise = everything
-    scale = _ratio(everything, alone, left_out)
     while noise.max() > allowed:
-        predicted = noise
+        predicted, measured_without = noise, tuple(left_out)
         while predicted.max() > allowed:
             rest = [name for name in alone if name not in left_out]
-            if len(rest) <= 1:
+            worst = int(predicted.argmax())
+            most = max(rest, key=lambda name: alone[name][worst])
+            if most in parts.closed:
+                parts.open(most, say)
+            elif len(rest) <= 1:
                 raise StageError(
                     f"the budget of {min_snr_db:g} dB cannot be held by any int8: with all but the least sensitive "
                     f"group ({rest[0]}) left out the SNR is {-10 * np.log10(predicted.max()):.1f} dB",
                     "lower `quantize: {budget: {min_snr_db: ...}}`, or build the component in another precision",
                 )
-            worst = int(predicted.argmax())
-            left_out.append(max(rest, key=lambda name: alone[name][worst]))
+            else:
+                left_out.append(most)
+            scale = _ratio(noise, alone, measured_without)
             predicted = scale * sum(alone[name] for name in alone if name not in left_out)
-        say(f"measuring int8 without {len(left_out)} of {len(alone)} groups", None)
-        noise = judge.noise(set(alone) - set(left_out))
-        scale = _ratio(noise, alone, left_out)
-    return _without_needless(judge, alone, left_out, noise, allowed, say)
+        say(f"measuring int8 without {len(left_out)} of {len(parts.groups)} groups", None)
+        noise = parts.without(left_out)
+    return _without_needless(parts, left_out, noise, allowed, say)
 
 
 def most_noise(min_snr_db: float) -> float:
@@ -139,16 +185,17 @@ def most_noise(min_snr_db: float) -> float:
 
 
 def _without_needless(
-    judge: Judge, alone: Mapping[str, Noise], left_out: list[str], noise: Noise, allowed: float, say: Say
+    parts: Parts, left_out: list[str], noise: Noise, allowed: float, say: Say
 ) -> tuple[list[str], Noise]:
     """`left_out` without those that can be taken back, the least sensitive first, and the noise that remains."""
+    alone = parts.noise
     for name in sorted(left_out, key=lambda name: float(alone[name].max())):
         others = [other for other in left_out if other != name]
         kept = [row for other, row in alone.items() if other not in others]
         if (_ratio(noise, alone, left_out) * np.sum(kept, 0)).max() > allowed:
             continue
         say(f"measuring int8 with {name} again", None)
-        measured = judge.noise(set(alone) - set(others))
+        measured = parts.without(others)
         if measured.max() <= allowed:
             left_out, noise = others, measured
     return left_out, noise
@@ -161,11 +208,14 @@ def _ratio(noise: Noise, alone: Mapping[str, Noise], left_out: Collection[str]) 
 
 
 def report(
-    judge: Judge, groups: Mapping[str, list[str]], alone: Mapping[str, Noise], everything: Noise,
-    left_out: Sequence[str], chosen: Noise,
-) -> dict[str, Any]:  # fmt: skip
-    """sensitivity.json: lowest SNR in dB by timestep region: all quantized, the mix, each group alone, worst first."""
-    regions = judge.regions
+    parts: Parts, groups: Mapping[str, list[str]], everything: Noise, left_out: Sequence[str], chosen: Noise
+) -> dict[str, Any]:
+    """sensitivity.json: lowest SNR in dB by timestep region: all quantized, the mix, each part alone, worst first.
+
+    `groups`: group -> its operators. A block that was not opened is one row, and its `groups` says how many it has.
+    """
+    judge, alone, regions = parts.judge, parts.noise, parts.judge.regions
+    inside = {name: parts.closed.get(name, [name]) for name in alone}
     order = sorted(alone, key=lambda name: -float(alone[name].max()))
     return {
         "component": judge.samples.component,
@@ -174,7 +224,12 @@ def report(
         "chosen": snr_by_region(chosen, regions),
         "left_out": list(left_out),
         "groups": [
-            {"name": name, "operators": len(groups[name]), "snr_db": snr_by_region(alone[name], regions)}
+            {
+                "name": name,
+                "groups": len(inside[name]),
+                "operators": sum(len(groups[g]) for g in inside[name]),
+                "snr_db": snr_by_region(alone[name], regions),
+            }
             for name in order
         ],
     }

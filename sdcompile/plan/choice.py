@@ -19,7 +19,7 @@ from sdcompile.spec import Precision
 class Choice(NamedTuple):
     """`params` are those of the torch module and the engine; `passes` stand in the order in which they run;
     `of_pruned` says that the checkpoint is another component's, which was pruned;
-    `rest` is the precision of what int8 leaves unquantized, and `speedup` what int8 must bring over it (None: nothing).
+    `rest` is the precision of what int8 leaves unquantized, and `accept` what int8 must bring over it (None: nothing).
     """
 
     backend: Backend
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
     params: dict[str, Any]
     passes: tuple[Planned, ...]
     rest: Precision | None = None
-    speedup: float | None = None
+    accept: Mapping[str, Any] | None = None
     of_pruned: bool = False
 
     @property
@@ -129,5 +129,6 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     passes += planned(backend.realises.get(rest, ()))
     faults += faults_of_mode(backend, passes, place_of_quantize(recipe, name))
     faults += faults_of_cast(recipe, name, backend, rest, passes)
-    speedup = quantize.accept_if.speedup if quantize.accept_if else None
-    return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, speedup, of_pruned)
+    wanted = quantize.accept_if.model_dump() if quantize.accept_if else {"speedup": None}
+    accept = wanted if wanted["speedup"] is not None else None
+    return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, accept, of_pruned)

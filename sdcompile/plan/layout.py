@@ -221,13 +221,13 @@ def _component(
     exported = plain["onnx"]
     passes += walk(forms, "onnx", choice)
     made = engine(forms, choice)
-    if choice.speedup is None:
+    if choice.accept is None:
         return Road(forms, passes, made, exported)
     rival = choice.unquantized
     walk(plain, "onnx", rival, rival.precision)
     race = draft.add(
-        name, "race", {"engine": made, "rival": engine(plain, rival, rival.precision)},
-        {"backend": choice.backend.name, "speedup": choice.speedup}, precision=choice.precision,
+        name, "race", {"engine": made, "rival": engine(plain, rival, rival.precision), "onnx": forms["onnx"]},
+        {"backend": choice.backend.name, **choice.accept}, precision=choice.precision,
         memory=2 * memory.needed(choice.backend.memory, size),
     )  # fmt: skip
     return Road(forms, passes, made, exported, race)

@@ -70,6 +70,11 @@ class AcceptRecipe(Part):
         description="Least ratio of processor time, unquantized over quantized; below it the component is built "
         "unquantized (in `rest`) and the bundle says so.",
     )
+    groups: Truth = Field(
+        default=True,
+        description="Where the engine tells what it spends where: leave groups of layers in `rest` that take longer in "
+        "int8, if that saves a hundredth of a call, and race again.",
+    )
 
 
 class CastRecipe(Part):

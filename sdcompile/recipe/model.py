@@ -283,23 +283,6 @@ class Recipe(Part):
             return field
         return own
 
-    def in_precision(self, component: str, precision: Precision, target: str = "") -> Recipe:
-        """This recipe with `component`, of one target or of the only one, built in `precision`."""
-        # What stays in float32 of a cast means nothing where all of it does.
-        change = {"precision": precision, **({"cast": None} if precision == "fp32" else {})}
-        if self.targets is None:
-            own = self.components.get(component, ComponentRecipe()).model_copy(update=change)
-            return self.model_copy(update={"components": {**self.components, component: own}})
-        rows = []
-        for row in self.targets:
-            if row.name == target:
-                mine = row.components.get(component, TargetComponentRecipe())
-                # A copy made with `update` counts the field as set, which `in_target` goes by.
-                mine = mine.model_copy(update=change)
-                row = row.model_copy(update={"components": {**row.components, component: mine}})
-            rows.append(row)
-        return self.model_copy(update={"targets": tuple(rows)})
-
     def pruning(self, component: str) -> PruneParams:
         """Pass of the prune stage -> its parameters, for `component`."""
         return self.settings(component).prune

@@ -142,9 +142,12 @@ def test_the_group_with_outliers_is_found_and_left_out_first(form, recorded, tmp
     }  # fmt: skip
     worst = min(told["all"].values())
     floor = worst + 3
-    effect = quantize(form, recorded, tmp_path / "mixed", budget={"min_snr_db": floor})
+    effect = quantize(form, recorded, tmp_path / "mixed", sensitivity=True, budget={"min_snr_db": floor})
     assert effect["left_out"]
     assert effect["left_out"][0] == groups[0]
+    blocks = quantize(form, recorded, tmp_path / "blocks", budget={"min_snr_db": floor})
+    assert len(blocks["left_out"]) <= len(effect["left_out"]), "blocks first: no more groups, for fewer measurements"
+    assert min(blocks["snr_db"].values()) >= floor
     assert min(effect["snr_db"].values()) >= floor > worst
     assert effect["quantized"] == len(LAYERS) - len(effect["left_out"])
     assert worst_db(tmp_path / "mixed", recorded) >= floor - 0.5
@@ -480,7 +483,7 @@ def test_the_plan_s_figures_hold_what_was_measured():
 
     unet = int(3.2 * memory.GIB)
     assert memory.needed(nncf_int8.PASS.memory, unet) > 11.1 * memory.GIB
-    assert nncf_int8.PASS.disk >= 1.27, "the graph with pairs in fp32, and the result"
+    assert nncf_int8.PASS.disk >= 2.27, "the graph with pairs in fp32, its weights rounded, and the result"
 
 
 def test_no_group_is_left_out_that_a_later_one_made_needless():
@@ -491,15 +494,92 @@ def test_no_group_is_left_out_that_a_later_one_made_needless():
     rows = {"a": [0.08, 0.0], "c": [0.07, 0.12], "d": [0.01, 0.02]}
     alone = {name: np.array(row) for name, row in rows.items()}
     measured: list[tuple[str, ...]] = []
-    judge = judged(rows, measured)
-    left_out, noise = sensitivity.choose(judge, alone, sum(alone.values()), 10.0, say_nothing)
+    parts = sensitivity.Parts(judged(rows, measured), tuple(rows), alone, {})
+    left_out, noise = sensitivity.choose(parts, sum(alone.values()), 10.0, say_nothing)
     assert left_out == ["c"]
     np.testing.assert_allclose(noise, [0.09, 0.02])
     assert measured == [("d",), ("a", "d")], "what was chosen is measured itself"
     rows["a"] = [0.095, 0.0]
     alone = {name: np.array(row) for name, row in rows.items()}
-    left_out, _ = sensitivity.choose(judge, alone, sum(alone.values()), 10.0, say_nothing)
+    parts = sensitivity.Parts(judged(rows, measured), tuple(rows), alone, {})
+    left_out, _ = sensitivity.choose(parts, sum(alone.values()), 10.0, say_nothing)
     assert left_out == ["a", "c"], "the sibling: both are needed"
+
+
+BLOCKS = {
+    "down.0.a": [0.01, 0.01], "down.0.b": [0.02, 0.0], "mid.x": [0.005, 0.06],
+    "up.0.a": [0.07, 0.01], "up.0.b": [0.01, 0.02], "up.0.c": [0.001, 0.003],
+}  # fmt: skip
+
+
+def test_only_the_blocks_that_matter_are_looked_into_and_the_choice_is_that_of_all_groups():
+    from sdcompile.passes import sensitivity
+    from sdcompile.spec import say_nothing
+
+    everything = np.sum(list(BLOCKS.values()), 0)
+    found, asked = {}, {}
+    for blocks in (True, False):
+        measured: list[tuple[str, ...]] = []
+        parts = sensitivity.measure(judged(BLOCKS, measured), BLOCKS, say_nothing, blocks=blocks)
+        found[blocks], asked[blocks] = sensitivity.choose(parts, everything, 12.0, say_nothing)[0], measured
+        if blocks:
+            assert set(parts.closed) == {"down.0"}, "up.0 was looked into, a block of one group is that group"
+    assert found[True] == found[False] == ["up.0.a", "mid.x"]
+    assert ("down.0.a",) in asked[False]
+    assert ("down.0.a",) not in asked[True]
+    told = sensitivity.report(
+        sensitivity.Parts(_regions(), tuple(BLOCKS), {"down.0": np.array([0.03, 0.01])}, {"down.0": list(BLOCKS)[:2]}),
+        {name: ["op"] for name in BLOCKS}, everything, [], everything,
+    )  # fmt: skip
+    (row,) = told["groups"]
+    assert (row["name"], row["groups"], row["operators"]) == ("down.0", 2, 2)
+
+
+def test_a_budget_out_of_reach_looks_into_every_block_and_is_refused():
+    from sdcompile.passes import sensitivity
+    from sdcompile.spec import say_nothing
+
+    parts = sensitivity.measure(judged(BLOCKS, []), BLOCKS, say_nothing, blocks=True)
+    with pytest.raises(StageError, match=r"all but the least sensitive group \(up\.0\.c\) left out the SNR is 25"):
+        sensitivity.choose(parts, np.sum(list(BLOCKS.values()), 0), 40.0, say_nothing)
+    assert not parts.closed
+
+
+def _regions():
+    class Judge:
+        names, regions = ("000", "001"), ["early", "late"]
+        samples = type("S", (), {"component": "unet"})
+
+    return Judge()
+
+
+def test_weights_are_judged_as_the_values_that_integers_stand_for(form, recorded, tmp_path, monkeypatch):
+    """The graph that is judged has weights rounded beforehand: what the pairs themselves compute."""
+    import onnx
+
+    from sdcompile.passes import sensitivity
+    from sdcompile.samples import Samples
+
+    seen = {}
+    whole = sensitivity.Judge.noise
+
+    def noise(self, kept):
+        found = whole(self, kept)
+        variant = self.graph.with_name("variant.onnx")
+        seen["kinds"] = [node.op_type for node in onnx.load(variant).graph.node]
+        for what, path in (("rounded", variant), ("pairs", self.graph)):
+            seen[what] = list(sensitivity.answers(path, Samples(recorded, "unet", held_out=True), self.names))
+        seen["float"] = self.answers
+        return found
+
+    monkeypatch.setattr(sensitivity.Judge, "noise", noise)
+    quantize(form, recorded, tmp_path / "out")
+    pairs = kinds(tmp_path / "out")
+    assert seen["kinds"].count("DequantizeLinear") == pairs.count("QuantizeLinear"), "those of activations alone"
+    for rounded, told in zip(seen["rounded"], seen["pairs"], strict=True):
+        for name in told:
+            np.testing.assert_allclose(rounded[name], told[name], rtol=1e-4, atol=1e-5)
+    assert any(np.abs(seen["float"][0][name] - seen["pairs"][0][name]).max() > 1e-3 for name in seen["float"][0])
 
 
 def test_a_budget_is_held_after_biases_were_corrected_again(form, recorded, tmp_path, monkeypatch):
