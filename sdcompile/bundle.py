@@ -50,8 +50,8 @@ class FileEntry(_Frozen):
 class ComponentEntry(_Frozen):
     """One engine: what made it, what it takes, what really ran when it was verified, and how well.
 
-    `effects`: what each pass on its way did, in order: {"pass": name, ...its effect.json}. `race`: how it
-    did against the same component unquantized, where the recipe asked.
+    `effects`: what each pass on its way did, in order: {"pass": name, ...its effect.json}. `races`: how it
+    did against the same component unquantized or unpruned (`of`: "quantize" or "prune"), where the recipe asked.
     """
 
     backend: str
@@ -61,7 +61,7 @@ class ComponentEntry(_Frozen):
     facts: dict[str, Any] = Field(default_factory=dict)
     verification: dict[str, Any] = Field(default_factory=dict)
     effects: list[dict[str, Any]] = Field(default_factory=list)
-    race: dict[str, Any] = Field(default_factory=dict)
+    races: list[dict[str, Any]] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
 

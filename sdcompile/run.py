@@ -24,8 +24,8 @@ from sdcompile.files import link_tree
 from sdcompile.passes import PASSES
 from sdcompile.plan import SOURCE, Machine, Plan, Step, resolve
 from sdcompile.recipe import Recipe, load
-from sdcompile.recipe.changes import in_precision, with_float
-from sdcompile.spec import PIPELINE, Job, Precision, Say, Stage, at_target, say_nothing
+from sdcompile.recipe.changes import in_precision, unpruned, with_float
+from sdcompile.spec import PIPELINE, Job, Say, Stage, at_target, say_nothing
 from sdcompile.steps import OPS
 from sdcompile.steps.report import broken, fault
 
@@ -159,7 +159,8 @@ def build(
 
     Raises VerifyError when an engine misses its floor, unless the recipe says `on_fail: fallback` (or `on_nan:
     fallback`, where it overflows or gives NaN or one colour): then the component is rebuilt in fp32. One that loses
-    the race of `accept_if` is rebuilt without the groups of layers that lose it, or unquantized. The manifest says so.
+    the race of `accept_if` is rebuilt without the groups of layers that lose it, unquantized or unpruned. The
+    manifest says so.
     """
     while True:
         plan = work.plan.until(stage, only)
@@ -175,29 +176,39 @@ def build(
             asked = work.recipe.by_target()[missed.target].effective(name).precision
             why = missed.broken or missed.error.message.splitlines()[0]
             note = f"asked for {asked}, built in fp32 because verification failed: {why}"
-            _fall_back(work, name, missed.target, "fp32", note, observer)
+            changed = in_precision(work.recipe, name, "fp32", missed.target)
+            _go_on_with(work, changed, at_target(name, missed.target), note, observer)
         except _Slower as slower:
             _leave_in_float(work, slower.race, slower.target, observer)
         except _Lost as lost:
-            race = lost.race
-            note = (
-                f"asked for {race['precision']}, built in {race['rival']}, because {race['precision']} does not win "
-                f"here: it is {race['speedup']:.2f} times as fast, and accept_if wants {race['wanted']:g}"
-            )
-            _fall_back(work, race["component"], lost.target, race["rival"], note, observer)
+            _give_up(work, lost.race, lost.target, observer)
 
 
-def _fall_back(work: Build, component: str, target: str, precision: Precision, note: str, observer: Observer) -> None:
-    """Plan again with one component (of one target) in another precision; the manifest will hold `note`."""
-    name = at_target(component, target)
+def _go_on_with(work: Build, recipe: Recipe, name: str, note: str, observer: Observer) -> None:
+    """Plan again with a changed recipe; the manifest will hold `note` on the component (of one target) `name`."""
     observer.warn(f"{name}: {note}")
-    work.fallbacks[name] = note
-    work.recipe = in_precision(work.recipe, component, precision, target)
+    work.fallbacks[name] = "; ".join(filter(None, (work.fallbacks.get(name), note)))
+    work.recipe = recipe
     work.plan = resolve(work.recipe, work.source, this_machine(), work.fallbacks)
 
 
+def _give_up(work: Build, race: Mapping[str, Any], target: str, observer: Observer) -> None:
+    """Go on without what lost: unquantized, in one target, or unpruned, in all."""
+    component, asked, built = race["component"], race["precision"], race["rival"]
+    if race["of"] == "prune":
+        name, changed, what = component, unpruned(work.recipe, component), f"asked for it {asked}, built {built}"
+    else:
+        name, what = at_target(component, target), f"asked for {asked}, built in {built}"
+        changed = in_precision(work.recipe, component, built, target)
+    note = (
+        f"{what}, because {asked} does not win here: it is {race['speedup']:.2f} times as fast, and accept_if wants "
+        f"{race['wanted']:g}"
+    )
+    _go_on_with(work, changed, name, note, observer)
+
+
 def _leave_in_float(work: Build, race: Mapping[str, Any], target: str, observer: Observer) -> None:
-    """Plan again with the groups of layers unquantized that take longer in int8; the manifest will say so."""
+    """Go on with the groups of layers unquantized that take longer in int8."""
     groups, rest = race["slower"], race["rival"]
     int8, rival = (sum(race["groups"][group][k] for group in groups) for k in range(2))
     some = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more" if len(groups) > 3 else "")
@@ -205,15 +216,12 @@ def _leave_in_float(work: Build, race: Mapping[str, Any], target: str, observer:
         f"{len(groups)} of {len(race['groups'])} groups of layers stay in {rest}, where they take {rival:.3g} ms of a "
         f"call and in {race['precision']} {int8:.3g} here: {some}"
     )
-    name = at_target(race["component"], target)
-    observer.warn(f"{name}: {note}")
-    work.fallbacks[name] = note
-    work.recipe = with_float(work.recipe, race["component"], groups, target)
-    work.plan = resolve(work.recipe, work.source, this_machine(), work.fallbacks)
+    changed = with_float(work.recipe, race["component"], groups, target)
+    _go_on_with(work, changed, at_target(race["component"], target), note, observer)
 
 
 class _Lost(Exception):  # noqa: N818 - a turn of the loop, not an error a user meets
-    """A quantized engine was not fast enough to be kept."""
+    """A quantized or pruned engine was not fast enough to be kept."""
 
     def __init__(self, race: Mapping[str, Any], target: str = "") -> None:
         super().__init__(race["component"])

@@ -58,20 +58,20 @@ def outcome(work: Build, paths: Mapping[str, Path], placed: Path | None) -> dict
 
 
 def _effects(work: Build, paths: Mapping[str, Path], bundle: Path | None) -> dict[str, Any]:
-    """Component -> {"passes": what each pass did, "race": int8 against the rest}: of the bundle, or of steps made."""
+    """Component -> {"passes": what each pass did, "races": it against the rest}: of the bundle, or of steps made."""
     if bundle is not None:
         found = {
-            at_target(name, target): {"passes": entry.effects, "race": entry.race}
+            at_target(name, target): {"passes": entry.effects, "races": entry.races}
             for target, one in read_bundle(bundle).by_target().items()
             for name, entry in one.components.items()
         }
-        return {name: row for name, row in found.items() if row["passes"] or row["race"]}
+        return {name: row for name, row in found.items() if row["passes"] or row["races"]}
     told: dict[str, Any] = {}
     for step in work.plan:
         if step.op in PASSES and not step.variant and step.name in paths:
             effect = read_effect(paths[step.name])
             if effect is not None:
-                row = told.setdefault(step.of, {"passes": [], "race": {}})
+                row = told.setdefault(step.of, {"passes": [], "races": []})
                 row["passes"].append({"pass": step.op, **effect})
     return told
 

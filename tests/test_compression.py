@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -388,9 +389,9 @@ def test_int8_that_must_win_is_raced_against_what_a_plain_build_would_make(plan)
     assert race.inputs == {
         "engine": "unet.compile.openvino", "rival": "unet.compile.openvino-bf16", "onnx": "unet.quantize.nncf_int8",
     }  # fmt: skip
-    assert race.job.params == {"backend": "openvino", "speedup": 1.1, "groups": True}
+    assert race.job.params == {"backend": "openvino", "of": "quantize", "speedup": 1.1, "groups": True}
     assert steps["unet.compile.openvino-bf16"].key == plain["unet.compile.openvino"].key, "a lost race repeats no work"
-    assert steps["pipeline.package.bundle"].inputs["race.unet"] == race.name
+    assert steps["pipeline.package.bundle"].inputs["race.unet.quantize"] == race.name
     assert race.name in [s.name for s in steps.until("compile", "unet")]
     assert "unet.compile.race" not in [s.name for s in plan(INT8)]
 
@@ -431,7 +432,8 @@ def turned(plan, source, monkeypatch):
 
 
 RACE = {
-    "component": "unet", "precision": "int8", "rival": "bf16", "speedup": 0.9, "wanted": 1.1, "won": False,
+    "component": "unet", "of": "quantize", "precision": "int8", "rival": "bf16", "speedup": 0.9, "wanted": 1.1,
+    "won": False,
     "slower": [], "groups": {"conv_in": [3.0, 1.0], "mid_block.resnets.0": [2.5, 2.0], "conv_out": [1.0, 2.0]},
 }  # fmt: skip
 
@@ -451,7 +453,7 @@ def test_groups_that_are_slower_in_int8_stay_in_float_and_are_raced_once_more(tu
     quantize = plans[1]["unet.quantize.nncf_int8"].job.params
     assert quantize["ignore"] == ["conv_out", "conv_in", "mid_block.resnets.0"], "what the recipe ignores stays ignored"
     assert plans[0]["unet.quantize.nncf_int8"].key != plans[1]["unet.quantize.nncf_int8"].key
-    assert plans[1]["unet.compile.race"].job.params == {"backend": "openvino", "speedup": 1.1, "groups": False}
+    assert plans[1]["unet.compile.race"].job.params["groups"] is False
     rivals = [made["unet.compile.openvino-bf16"] for made in plans]
     assert rivals[0].job == rivals[1].job, "the rival is made once"
     assert said == [
@@ -466,6 +468,67 @@ def test_int8_that_loses_even_so_is_given_up(turned):
     assert len(plans) == 3
     assert work.recipe.effective("unet").precision == "bf16"
     assert "1.05 times as fast" in work.fallbacks["unet"]
+
+
+MUST_WIN = "components.unet.prune={channels: {ratio: 0.3}, accept_if: {speedup: 1.2}}"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_pruning_that_must_win_is_raced_against_the_source_in_one_precision(plan, precision):
+    made = f"components.unet.precision={precision}"
+    steps, plain = plan(INT8, made, MUST_WIN), plan(INT8, "components.unet.precision=bf16")
+    race = steps["unet.compile.race-unpruned"]
+    narrow = "unet.compile.openvino-bf16" if precision == "int8" else "unet.compile.openvino"
+    assert race.inputs == {"engine": narrow, "rival": "unet.compile.openvino-unpruned"}
+    assert race.job.params == {"backend": "openvino", "of": "prune", "speedup": 1.2, "groups": False}
+    assert steps[race.inputs["rival"]].key == plain["unet.compile.openvino"].key, "a lost race repeats no work"
+    assert steps["pipeline.package.bundle"].inputs["race.unet.prune"] == race.name
+    assert "unet.compile.race-unpruned" not in [
+        s.name for s in plan(INT8, MUST_WIN.replace("accept_if: {speedup: 1.2}", ""))
+    ]
+
+
+def test_pruning_that_loses_leaves_the_component_as_its_source_has_it(turned):
+    lost = {"of": "prune", "precision": "pruned", "rival": "unpruned", "wanted": 1.2}
+    work, plans, said = turned([lost], MUST_WIN)
+    assert "unet.prune.channels" in [s.name for s in plans[0]]
+    assert "unet.prune.channels" not in [s.name for s in plans[1]]
+    assert work.recipe.effective("unet").precision == "int8", "int8 has a race of its own"
+    assert said == [
+        "unet: asked for it pruned, built unpruned, because pruned does not win here: it is 0.90 times as fast, and "
+        "accept_if wants 1.2"
+    ]
+
+
+def test_what_happened_on_the_way_is_told_together(turned):
+    lost = {"of": "prune", "precision": "pruned", "rival": "unpruned"}
+    work, *_ = turned([lost, {"slower": ["conv_in"]}], MUST_WIN)
+    assert "built unpruned" in work.fallbacks["unet"]
+    assert "stay in bf16" in work.fallbacks["unet"]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("prune: {accept_if: {speedup: 1.1}}", "no pass is named whose engine could be accepted or not"),
+        ("prune: {heads: {}, accept_if: {sped: 1}}", "unknown field 'sped', did you mean 'speedup'?"),
+        ("prune: {heads: {}, accept_if: {speedup: 0}}", "must be more than 0"),
+        ("prune: {heads: {}, acept_if: {speedup: 1}}", "unknown pass 'acept_if', did you mean 'accept_if'?"),
+        ("widths: {w75: {heads: {}, accept_if: {speedup: 1}}}", "a width is built because it is narrow"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_pruned_engine(plan, text, fault):
+    with pytest.raises(RecipeError, match=re.escape(fault)):
+        plan(INT8, f"components.unet={{{text}}}")
+
+
+def test_a_race_of_engines_that_cannot_run_here_is_no_step_that_this_machine_can_take(plan, source):
+    first = plan(INT8, "backend=tensorrt_rtx", "precision=fp16", "components.unet.quantize.accept_if.speedup=1.1")
+    assert not first["unet.compile.race"].cannot
+    probes = {name: Probe(available=True, cannot_run="no driver") for name in BACKENDS}
+    steps = resolve(first.recipe, source, Machine({}, probes, {"machine": "x86_64"}))
+    assert steps["unet.compile.race"].cannot == "no driver"
+    assert not steps["unet.compile.tensorrt_rtx"].cannot
 
 
 def test_groups_are_not_told_apart_where_the_recipe_does_not_want_it(plan):
@@ -483,7 +546,7 @@ EFFECTS = {
                 "left_out": ["conv_in", "a", "b", "c"],
             },
         ],
-        "race": {"precision": "int8", "rival": "bf16", "speedup": 1.234, "wanted": 1.1},
+        "races": [{"precision": "int8", "rival": "bf16", "speedup": 1.234, "wanted": 1.1}],
     }
 }  # fmt: skip
 

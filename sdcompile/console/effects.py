@@ -12,7 +12,7 @@ from sdcompile.console.terminal import size
 
 
 def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
-    """What each pass did to each component, and whether int8 won."""
+    """What each pass did to each component, and whether int8 and pruning won."""
     table = grid("component", "pass", "parameters", "size", "SNR early / mid / late", "", right=("parameters", "size"))
     for name, row in components.items():
         for effect in row["passes"]:
@@ -25,7 +25,7 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
             )  # fmt: skip
     yield table
     for name, row in components.items():
-        if race := row["race"]:
+        for race in row["races"]:
             yield (
                 f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} "
                 f"by processor time (accept_if wants {race['wanted']:g})"

@@ -203,7 +203,7 @@ def manifest(facts: Facts) -> Iterator[Any]:
             row = (Text(name), entry["backend"], entry["precision"], Text(_verdict(entry)), size(held))
             table.add_row(*((Text(target),) if target else ()), *row)
             label = f"{name}@{target}" if target else name
-            changed[label] = {"passes": entry.get("effects", ()), "race": entry.get("race")}
+            changed[label] = {"passes": entry.get("effects", ()), "races": entry.get("races", ())}
             for text in entry["notes"]:
                 notes.setdefault(text, []).append(label)
     yield table
@@ -218,7 +218,7 @@ def manifest(facts: Facts) -> Iterator[Any]:
                 f"cached steps, one of every {cost['every']} whole, depth {next(d for d in depths if d)}: "
                 f"in {cost['num_inference_steps']} steps {_cost(cost)}"
             )
-    if any(row["passes"] or row["race"] for row in changed.values()):
+    if any(row["passes"] or row["races"] for row in changed.values()):
         yield from effects(changed)
     for name, part in source.get("components", {}).items():
         yield f"{name}: made of {part['id']} (licence: {part['licence'] or 'not stated'}), not of the model's own"

@@ -201,7 +201,7 @@ def _verification(verify: Data) -> Iterator[str]:
 
 
 def _compression(folder: Path, manifest: bundle.Manifest) -> Iterator[str]:
-    """Effects of passes, races of int8, and what it costs in each group of layers where that was measured."""
+    """Effects of passes, races, and what it costs in each group of layers where that was measured."""
     rows = tuple(
         (name, effect["pass"], *(_of(effect.get(key)) for key in ("parameters", "bytes", "macs")),
          ", ".join(f"{region} {level:.1f}" for region, level in effect["snr_db"].items()) or "-")
@@ -212,7 +212,7 @@ def _compression(folder: Path, manifest: bundle.Manifest) -> Iterator[str]:
         columns = ("component", "pass", "parameters", "bytes", "multiply-accumulates", "SNR dB by timestep region")
         yield html.table(Table("", columns, rows))
     for name, entry in manifest.components.items():
-        if race := entry.race:
+        for race in entry.races:
             yield html.paragraph(
                 f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} by processor "
                 f"time of a call (accept_if wants {race['wanted']:g})."

@@ -19,7 +19,8 @@ from sdcompile.spec import Precision
 class Choice(NamedTuple):
     """`params` are those of the torch module and the engine; `passes` stand in the order in which they run;
     `of_pruned` says that the checkpoint is another component's, which was pruned;
-    `rest` is the precision of what int8 leaves unquantized, and `accept` what int8 must bring over it (None: nothing).
+    `rest` is the precision of what int8 leaves unquantized, and `accept` what int8 must bring over it (None: nothing);
+    `accept_pruned` is how many times as fast as unpruned it must be.
     """
 
     backend: Backend
@@ -29,6 +30,7 @@ class Choice(NamedTuple):
     rest: Precision | None = None
     accept: Mapping[str, Any] | None = None
     of_pruned: bool = False
+    accept_pruned: float | None = None
 
     @property
     def module_params(self) -> dict[str, Any]:
@@ -42,8 +44,9 @@ class Choice(NamedTuple):
 
     @property
     def unquantized(self) -> Choice:
-        """The same in the precision `rest`."""
-        assert self.rest is not None
+        """The same in the precision `rest`, or as it is where nothing is quantized."""
+        if self.rest is None:
+            return self
         kept = [
             p for p in self.passes if p.record.stage == "prune" or p.record.name in self.backend.realises[self.rest]
         ]
@@ -97,6 +100,7 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
             "heads, resnets or blocks they know"
         )
     passes = [planned_pass(PASSES[p], pruning[p]) for p in PASSES if p in pruning]
+    accept_pruned = recipe.accepted_pruned(name) if pruning else None
     names = backend.realises.get(precision, ())
     quantizer, quantize = quantization(names), recipe.quantizing(name)
     told_cast = recipe.settings(name).cast
@@ -121,7 +125,7 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     passes += planned(names)
     if quantizer is None:
         faults += faults_of_cast(recipe, name, backend, precision, passes)
-        return Choice(backend, precision, params, tuple(passes), of_pruned=of_pruned)
+        return Choice(backend, precision, params, tuple(passes), of_pruned=of_pruned, accept_pruned=accept_pruned)
     rest: Precision = quantize.rest or backend.rests[0]
     if rest not in backend.rests:
         where = f"components.{name}.quantize.rest" if own and own.quantize and own.quantize.rest else "quantize.rest"
@@ -131,4 +135,4 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     faults += faults_of_cast(recipe, name, backend, rest, passes)
     wanted = quantize.accept_if.model_dump() if quantize.accept_if else {"speedup": None}
     accept = wanted if wanted["speedup"] is not None else None
-    return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, accept, of_pruned)
+    return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, accept, of_pruned, accept_pruned)

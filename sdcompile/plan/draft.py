@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdcompile.backends import BACKENDS
@@ -24,14 +25,14 @@ class Road(NamedTuple):
     forms   the last step of each form: {"checkpoint": ...}, and {"onnx": ...} where the engine is made of one
     passes  the passes, in order
     plain   the exported ONNX that no pass has touched
-    race    the one against the rival, where int8 must win
+    races   those against the same unquantized, unpruned, where a stage must win: {"quantize": ..., "prune": ...}
     """
 
     forms: dict[str, str]
     passes: tuple[str, ...]
     engine: str
     plain: str | None = None
-    race: str | None = None
+    races: Mapping[str, str] = MappingProxyType({})
 
 
 _SHARED_STAGES = frozenset({"fetch", "prune", "export", "calibrate"})
@@ -76,14 +77,16 @@ class Draft:
         memory: int = 0,
         disk: int = 0,
         variant: str = "",
+        cannot: str = "",
     ) -> str:
-        """Add a step; returns its name. `variant` is no part of its key.
+        """Add a step; returns its name. `variant` is no part of its key, nor is why it `cannot` be made here.
 
         Nor is which width a component is: its passes make the difference, so that the same passes on the denoiser
         itself, or at the beginning of another width's, are the same step.
         """
         of = self.family.plain(component)
-        stage, gives, revision, packages, host, cannot = _about(op, self.machine)
+        stage, gives, revision, packages, host, lacking = _about(op, self.machine)
+        cannot = cannot or lacking
         device: Mapping[str, str] = {}
         if op in BACKENDS and not cannot:
             backend, found = BACKENDS[op], self.machine.probes[op]

@@ -167,7 +167,7 @@ def _component(
     opset: int,
     size: int,
 ) -> Road:
-    """The road of one component from checkpoint to engine, and past a rival where int8 must win.
+    """The road of one component from checkpoint to engine, and past a rival where int8 or pruning must win.
 
     `module` is the spec of what the checkpoint means, `spec` that of the engine.
     """
@@ -205,32 +205,45 @@ def _component(
             precision=choice.precision, memory=memory.needed(backend.memory, size), disk=size, variant=variant,
         )  # fmt: skip
 
+    def made(forms: dict[str, str], choice: Choice, variant: str = "") -> Road:
+        """From a checkpoint to an engine; adds to `forms`."""
+        if choice.backend.takes == "checkpoint":
+            return Road(forms, (), engine(forms, choice, variant))
+        export = {
+            "family": family, **choice.module_params, "opset": opset,
+            "attention": choice.export.get("attention", "sdpa"), "multiples": facts["multiples"],
+        }  # fmt: skip
+        # fp32 weights stay mapped while they are traced and written: one copy, and the tracer's own needs.
+        forms["onnx"] = draft.add(
+            name, "onnx", {"checkpoint": forms["checkpoint"]}, export, spec=spec, shapes=shapes,
+            memory=memory.needed(memory.EXPORT, size), disk=size, variant=variant,
+        )  # fmt: skip
+        exported = forms["onnx"]
+        passes = walk(forms, "onnx", choice, variant)
+        return Road(forms, passes, engine(forms, choice, variant), exported)
+
+    def race(mine: str, rival: str, told: Mapping[str, Any], graph: str | None, variant: str = "") -> str:
+        backend = choice.backend
+        inputs = {"engine": mine, "rival": rival, **({"onnx": graph} if graph else {})}
+        return draft.add(
+            name, "race", inputs, {"backend": backend.name, **told}, precision=choice.precision,
+            memory=2 * memory.needed(backend.memory, size), variant=variant,
+            cannot=draft.machine.probes[backend.name].cannot_run,
+        )  # fmt: skip
+
     passes = walk(forms, "checkpoint", choice)
-    if choice.backend.takes != "onnx":
-        return Road(forms, passes, engine(forms, choice))
-    export = {
-        "family": family, **choice.module_params, "opset": opset,
-        "attention": choice.export.get("attention", "sdpa"), "multiples": facts["multiples"],
-    }  # fmt: skip
-    # fp32 weights stay mapped while they are traced and written: one copy, and the tracer's own needs.
-    forms["onnx"] = draft.add(
-        name, "onnx", {"checkpoint": forms["checkpoint"]}, export, spec=spec, shapes=shapes,
-        memory=memory.needed(memory.EXPORT, size), disk=size,
-    )  # fmt: skip
-    plain = dict(forms)
-    exported = plain["onnx"]
-    passes += walk(forms, "onnx", choice)
-    made = engine(forms, choice)
-    if choice.accept is None:
-        return Road(forms, passes, made, exported)
-    rival = choice.unquantized
-    walk(plain, "onnx", rival, rival.precision)
-    race = draft.add(
-        name, "race", {"engine": made, "rival": engine(plain, rival, rival.precision), "onnx": forms["onnx"]},
-        {"backend": choice.backend.name, **choice.accept}, precision=choice.precision,
-        memory=2 * memory.needed(choice.backend.memory, size),
-    )  # fmt: skip
-    return Road(forms, passes, made, exported, race)
+    plain, whole, rival = dict(forms), {"checkpoint": checkpoint}, choice.unquantized
+    road = made(forms, choice)
+    races: dict[str, str] = {}
+    if choice.accept is not None:
+        other = made(plain, rival, rival.precision).engine
+        races["quantize"] = race(road.engine, other, {**choice.accept, "of": "quantize"}, forms["onnx"])
+    if choice.accept_pruned is not None and passes:
+        # In the precision of what is not int8, so that nothing is fitted once more to tell.
+        narrow = road.engine if choice.rest is None else made(plain, rival, rival.precision).engine
+        told = {"speedup": choice.accept_pruned, "groups": False, "of": "prune"}
+        races["prune"] = race(narrow, made(whole, rival, "unpruned").engine, told, None, "unpruned")
+    return road._replace(passes=(*passes, *road.passes), races=races)
 
 
 def _faults_of_defaults(recipe: Recipe, shapes: Shapes) -> list[str]:

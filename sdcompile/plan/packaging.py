@@ -64,7 +64,7 @@ def package(
             label = at_target(name, target)
             inputs[f"engine.{label}"] = road.engine
             inputs |= {f"pass.{label}.{draft.steps[step].op}": step for step in road.passes}
-            inputs |= {f"race.{label}": road.race} if road.race else {}
+            inputs |= {f"race.{label}.{stage}": step for stage, step in road.races.items()}
         inputs |= {f"report.{at_target(name, target)}": step for name, step in way.reports.items()}
     draft.add(PIPELINE, "bundle", {**inputs, **shared}, params, shapes=shapes, disk=4 << 20)
 

@@ -28,6 +28,12 @@ def with_float(recipe: Recipe, component: str, groups: Sequence[str], target: st
     return _changed(recipe, component, {"quantize": changed}, target)
 
 
+def unpruned(recipe: Recipe, component: str) -> Recipe:
+    """`recipe` with `component` as its source has it, for every target: what the model is, they share."""
+    own = recipe.components[component].model_copy(update={"prune": {}})
+    return recipe.model_copy(update={"components": {**recipe.components, component: own}})
+
+
 def _changed(recipe: Recipe, component: str, change: Mapping[str, Any], target: str) -> Recipe:
     if recipe.targets is None:
         own = recipe.components.get(component, ComponentRecipe()).model_copy(update=change)

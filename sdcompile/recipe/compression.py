@@ -77,6 +77,19 @@ class AcceptRecipe(Part):
     )
 
 
+ACCEPT_IF = "accept_if"
+"""Key beside the passes of `prune`."""
+
+
+class PruneAcceptRecipe(Part):
+    """What the pruned engine must bring on this machine to be kept."""
+
+    speedup: Annotated[Number, Field(gt=0)] = Field(
+        description="Least ratio of processor time, unpruned over pruned, both in the precision of what is not int8; "
+        "below it the component is built unpruned and the bundle says so."
+    )
+
+
 class CastRecipe(Part):
     """What stays in float32 where a component is cast to fp16 or bf16 (parameters of passes.cast)."""
 

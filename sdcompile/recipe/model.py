@@ -14,8 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
 from sdcompile.recipe.compression import (
+    ACCEPT_IF,
     CalibrateRecipe,
     CastRecipe,
+    PruneAcceptRecipe,
     PruneParams,
     QuantizeRecipe,
     prompts_of,
@@ -77,7 +79,8 @@ class ComponentRecipe(Part):
     )
     build: dict[str, Any] = Field(default_factory=dict, description="Options of this component's backend.")
     prune: Annotated[PruneParams, BeforeValidator(prune_value)] = Field(
-        default_factory=dict, description="Passes of the prune stage, each with its parameters, as in {heads: {...}}."
+        default_factory=dict,
+        description="Passes of the prune stage, each with its parameters, as in {heads: {...}}; and accept_if.",
     )
     quantize: QuantizeRecipe | None = Field(
         default=None, description="How this component is quantized, over what the recipe's `quantize` says."
@@ -285,7 +288,12 @@ class Recipe(Part):
 
     def pruning(self, component: str) -> PruneParams:
         """Pass of the prune stage -> its parameters, for `component`."""
-        return self.settings(component).prune
+        return {name: told for name, told in self.settings(component).prune.items() if name != ACCEPT_IF}
+
+    def accepted_pruned(self, component: str) -> float | None:
+        """How many times as fast as the unpruned `component` the pruned one must be; None = it need not be faster."""
+        told = self.settings(component).prune.get(ACCEPT_IF)
+        return PruneAcceptRecipe.model_validate(told).speedup if told is not None else None
 
     def place_of_pruning(self, component: str) -> str:
         """The field that names those passes."""

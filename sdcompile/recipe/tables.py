@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from sdcompile.recipe.compression import QuantizeRecipe
+from sdcompile.recipe.compression import ACCEPT_IF, PruneAcceptRecipe, QuantizeRecipe
 from sdcompile.recipe.fields import did_you_mean
 from sdcompile.recipe.known import Known
 from sdcompile.recipe.sections import VerifyRecipe
@@ -59,7 +59,7 @@ def table_faults(data: Mapping[str, Any], known: Known) -> Faults:
             continue
         here: Place = ("components", name)
         yield from _option_faults((*here, "build"), _at(known.backends, own.get("backend") or top), own.get("build"))
-        yield from _prune_faults((*here, "prune"), known, _mapping(own.get("prune")))
+        yield from _prune_faults((*here, "prune"), known, _mapping(own.get("prune")), accept=True)
         for width, passes in _mapping(own.get("widths")).items():
             yield from _prune_faults((*here, "widths", width), known, _mapping(passes))
         yield from _quantize_faults((*here, "quantize"), known, own.get("quantize"), _chosen(ways, name), name)
@@ -142,12 +142,17 @@ def _name_faults(names: Mapping[str, tuple[str, ...]], components: Mapping[str, 
             yield ("verify", name), f"unknown field '{name}'{did_you_mean(name, (*VerifyRecipe.model_fields, *names))}"
 
 
-def _prune_faults(place: Place, known: Known, passes: Mapping[str, Any]) -> Faults:
+def _prune_faults(place: Place, known: Known, passes: Mapping[str, Any], *, accept: bool = False) -> Faults:
+    models: dict[str, type[BaseModel]] = {**known.prune, **({ACCEPT_IF: PruneAcceptRecipe} if accept else {})}
+    if accept and set(passes) == {ACCEPT_IF}:
+        yield (*place, ACCEPT_IF), "no pass is named whose engine could be accepted or not"
     for name, params in passes.items():
-        if known.prune and name not in known.prune:
-            yield (*place, name), f"unknown pass '{name}'{did_you_mean(name, known.prune)}"
+        if name == ACCEPT_IF and not accept:
+            yield (*place, name), "a width is built because it is narrow; accept_if is for `prune`"
+        elif known.prune and name not in models:
+            yield (*place, name), f"unknown pass '{name}'{did_you_mean(name, models)}"
         else:
-            yield from _option_faults((*place, name), known.prune.get(name), params)
+            yield from _option_faults((*place, name), models.get(name), params)
 
 
 def _quantize_faults(place: Place, known: Known, data: Any, chosen: list[tuple[Any, Any]], who: str) -> Faults:

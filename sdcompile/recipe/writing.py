@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from sdcompile.recipe.compression import ACCEPT_IF, PruneAcceptRecipe
 from sdcompile.recipe.known import Known, known_names
 from sdcompile.recipe.model import Recipe
 from sdcompile.recipe.sections import VerifyRecipe
@@ -66,7 +67,8 @@ def _add_passes(parts: dict[str, Any], known: Known) -> None:
     """Parameters of passes, as the tables have them: `prune` by pass, `quantize` of every quantization pass."""
     prune = {name: _inlined(model.model_json_schema()) for name, model in known.prune.items()}
     passes = {"properties": prune, "additionalProperties": False}
-    parts["ComponentRecipe"]["properties"]["prune"] |= passes
+    accept = {ACCEPT_IF: _inlined(PruneAcceptRecipe.model_json_schema())}
+    parts["ComponentRecipe"]["properties"]["prune"] |= {**passes, "properties": {**prune, **accept}}
     for branch in parts["ComponentRecipe"]["properties"]["widths"]["anyOf"]:
         if branch.get("type") == "object":
             branch["additionalProperties"] = {"type": "object", **passes}

@@ -36,7 +36,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Assemble the bundle in `out`.
 
     inputs: engine.<component>, report.<component> (absent for backends that cannot be verified),
-    pass.<component>.<op> for each pass, race.<component> where int8 had to win, tokenizer, tables; of
+    pass.<component>.<op> for each pass, race.<component>.<stage> where that had to win, tokenizer, tables; of
     several targets each has its own, with <component>@<target>.
     job.params: recipe, source, facts, components, or targets {name: components}, defaults, profiles, fallbacks.
     """
@@ -165,7 +165,7 @@ def _component(
     fallback: str | None,
 ) -> bundle.ComponentEntry:
     notes = [fallback, stood_in(report) if report else None]
-    race = inputs.get(f"race.{name}")
+    races = [folder for role, folder in inputs.items() if role.startswith(f"race.{name}.")]
     return bundle.ComponentEntry(
         backend=entry["backend"],
         precision=entry["precision"],
@@ -178,15 +178,17 @@ def _component(
             for op in entry.get("passes", ())
             if (effect := read_effect(inputs[f"pass.{name}.{op}"])) is not None
         ],
-        race=json.loads((race / "race.json").read_text(encoding="utf-8")) if race else {},
+        races=[json.loads((folder / "race.json").read_text(encoding="utf-8")) for folder in races],
         notes=[note for note in notes if note],
     )
 
 
 def _note(params: Mapping[str, Any], name: str, target: str) -> str | None:
     """Why the component is not what the recipe asked for, where it is not."""
-    note: str | None = params.get("fallbacks", {}).get(at_target(name, target))
-    return note
+    told = params.get("fallbacks", {})
+    # What happened to the model itself, as every target has it, is told without a target.
+    notes = dict.fromkeys(told[label] for label in (name, at_target(name, target)) if label in told)
+    return "; ".join(notes) or None
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, Any]:

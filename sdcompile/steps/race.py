@@ -1,8 +1,8 @@
-"""Is the quantized engine the faster one here, and which groups of its layers are?
+"""Is the quantized or pruned engine the faster one here, and which groups of its layers are?
 
-It is raced against the same component unquantized. Both take turns on the same feeds, so that a busy machine slows
-both. Where engines tell what they spend where, groups of layers are compared as well. What follows is the caller's
-to say.
+It is raced against the same component unquantized, or unpruned. Both take turns on the same feeds, so that a busy
+machine slows both. Where engines tell what they spend where, groups of layers are compared as well. What follows is
+the caller's to say.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ _HOPE = 0.95
 def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Time `inputs["engine"]` against `inputs["rival"]` and write race.json.
 
-    inputs["onnx"]: the quantized graph, whose groups are told apart. job.params: backend, speedup (the least ratio of
-    the rival's processor time over the engine's), groups (compare them?).
+    inputs["onnx"]: the quantized graph, whose groups are told apart. job.params: backend, of ("quantize" or "prune":
+    what must win), speedup (the least ratio of the rival's processor time over the engine's), groups (compare them?).
     """
     backend = BACKENDS[job.params["backend"]]
     cards = {role: read_card(inputs[role], backend.name) for role in ("engine", "rival")}
-    precision, rest = cards["engine"].precision, cards["rival"].precision
-    job.say(f"timing {precision} against {rest}", None)
+    of = job.params["of"]
+    names = {"prune": ("pruned", "unpruned"), "quantize": tuple(card.precision for card in cards.values())}[of]
+    job.say(f"timing {' against '.join(names)}", None)
     feeds = racing.usual_feeds(cards["engine"])
     timings = racing.race(
         {role: partial(backend.open, inputs[role], Host()) for role in cards},
@@ -58,8 +59,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     speedup, wanted = timings["rival"]["cpu_ms"] / timings["engine"]["cpu_ms"], job.params["speedup"]
     told: dict[str, Any] = {
         "component": job.component,
-        "precision": precision,
-        "rival": rest,
+        "of": of,
+        "precision": names[0],
+        "rival": names[1],
         "speedup": round(speedup, 3),
         "wanted": wanted,
         "won": speedup >= wanted,

@@ -79,7 +79,7 @@ def test_a_report_shows_what_passes_did_and_what_int8_costs_worst_first(tmp_path
     effect = {"pass": "nncf_int8", "parameters": [10, 10], "bytes": [40, 10], "snr_db": {"early": 21.5}}
     heads = {"pass": "heads", "parameters": [20, 10], "bytes": [80, 40], "macs": [1000, 750], "snr_db": {}}
     race = {"precision": "int8", "rival": "bf16", "speedup": 1.43, "wanted": 1.05}
-    unet = SimpleNamespace(effects=[heads, effect], race=race)
+    unet = SimpleNamespace(effects=[heads, effect], races=[race])
     manifest = SimpleNamespace(components={"unet": unet}, reports="reports")
     groups = [{"name": f"group.{n}", "operators": 1, "snr_db": {"early": 30.0 + n, "late": 40.0}} for n in range(3)]
     told = {"all": {"early": 19.0, "late": 28.0}, "left_out": ["group.0"], "groups": groups[::-1]}
@@ -90,7 +90,7 @@ def test_a_report_shows_what_passes_did_and_what_int8_costs_worst_first(tmp_path
     assert "10 of 40" in page
     assert "750 of 1,000" in page
     assert "int8 is 1.43 times as fast as bf16" in page
-    unet.race = {}
+    unet.races = []
     assert "times as fast" not in "".join(report._compression(tmp_path, manifest))
     assert "early 21.5" in page
     names = re.findall(r"group\.\d(?: \(left in float\))?", page)

@@ -100,8 +100,8 @@ def quantized(folder: Path) -> Path:
     return folder
 
 
-def raced(engines, tmp_path, speedup=1e-6, groups=True):
-    race.run(engines, tmp_path, Job("unet", {"backend": "stub", "speedup": speedup, "groups": groups}))
+def raced(engines, tmp_path, speedup=1e-6, groups=True, of="quantize"):
+    race.run(engines, tmp_path, Job("unet", {"backend": "stub", "of": of, "speedup": speedup, "groups": groups}))
     return json.loads((tmp_path / race.RACE).read_text())
 
 
@@ -111,6 +111,11 @@ def test_a_race_says_who_won(engines, tmp_path, wanted, won):
     assert (told["precision"], told["rival"], told["won"]) == ("int8", "bf16", won)
     assert set(told["timings"]) == {"engine", "rival"}
     assert told["groups"] == {}, "the stub does not tell what it spends where"
+
+
+def test_a_race_of_pruning_names_what_was_raced(engines, tmp_path):
+    told = raced(engines, tmp_path, groups=False, of="prune")
+    assert (told["of"], told["precision"], told["rival"], told["slower"]) == ("prune", "pruned", "unpruned", [])
 
 
 @pytest.mark.parametrize("asked", [True, False])
