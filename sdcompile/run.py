@@ -196,13 +196,12 @@ def _give_up(work: Build, race: Mapping[str, Any], target: str, observer: Observ
     """Go on without what lost: unquantized, in one target, or unpruned, in all."""
     component, asked, built = race["component"], race["precision"], race["rival"]
     if race["of"] == "prune":
-        name, changed, what = component, unpruned(work.recipe, component), f"asked for it {asked}, built {built}"
+        name, changed = component, unpruned(work.recipe, component)
     else:
-        name, what = at_target(component, target), f"asked for {asked}, built in {built}"
-        changed = in_precision(work.recipe, component, built, target)
+        name, changed = at_target(component, target), in_precision(work.recipe, component, built, target)
     note = (
-        f"{what}, because {asked} does not win here: it is {race['speedup']:.2f} times as fast, and accept_if wants "
-        f"{race['wanted']:g}"
+        f"asked for {asked}, built {built}, because {asked} does not win here: it is {race['speedup']:.2f} times as "
+        f"fast, and accept_if wants {race['wanted']:g}"
     )
     _go_on_with(work, changed, name, note, observer)
 

@@ -495,7 +495,7 @@ def test_pruning_that_loses_leaves_the_component_as_its_source_has_it(turned):
     assert "unet.prune.channels" not in [s.name for s in plans[1]]
     assert work.recipe.effective("unet").precision == "int8", "int8 has a race of its own"
     assert said == [
-        "unet: asked for it pruned, built unpruned, because pruned does not win here: it is 0.90 times as fast, and "
+        "unet: asked for pruned, built unpruned, because pruned does not win here: it is 0.90 times as fast, and "
         "accept_if wants 1.2"
     ]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile.errors import StageError
-from sdcompile.passes import casting
+from sdcompile.passes import casting, patterns
 from sdcompile.passes.base import Pass, write_effect
 from sdcompile.passes.casting import LIMIT, Half
 from sdcompile.spec import Job
@@ -77,23 +77,23 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job, half: Half) -> None:
     write_effect(out, (parameters, parameters), (_bytes(inputs["onnx"]), _bytes(out)), **told)
 
 
-def named(nodes: list[ir.Node], patterns: tuple[str, ...], *, loose: bool = False) -> dict[str, str]:
-    """Name of each node that one of `patterns` names -> why it is kept.
+def named(nodes: list[ir.Node], wanted: tuple[str, ...], *, loose: bool = False) -> dict[str, str]:
+    """Name of each node that one of `wanted` names -> why it is kept.
 
     A pattern is an operator ("Softmax"), a node's name if it holds a "/" ("decoder.conv_out/Conv_0", "*"
-    matching anything), or the path of a module, as in `quantize: {ignore: ...}`. Raises StageError when one
+    matching anything), or the path of a module (see `patterns`). Raises StageError when one
     matches nothing, unless `loose`.
     """
     from sdcompile.passes import qdq
 
     kept: dict[str, str] = {}
-    for pattern in patterns:
+    for pattern in wanted:
         if "/" in pattern:
             found = {str(node.name) for node in nodes if fnmatchcase(str(node.name), pattern)}
         elif _OP.fullmatch(pattern):
             found = {str(node.name) for node in nodes if node.op_type == pattern}
         else:
-            found = {str(node.name) for node in nodes if qdq.covered([qdq.module_of(node)], pattern)}
+            found = {str(node.name) for node in nodes if patterns.covered([qdq.module_of(node)], pattern)}
         if not found and not loose:
             ops = ", ".join(sorted({node.op_type for node in nodes})[:12])
             modules = ", ".join(sorted({qdq.group_of(qdq.module_of(node)) for node in nodes} - {""})[:6])

@@ -19,7 +19,7 @@ from sdcompile.passes.importance import Importance, working_gib
 from sdcompile.samples import Samples
 from sdcompile.spec import Job
 
-REVISION = 2
+REVISION = 3
 
 _FIND = {"resnets": sites.channels_of, "feed_forward": sites.feed_forwards_of}
 _OPS = {"resnets": "channels", "feed_forward": "feed_forward"}
@@ -50,7 +50,11 @@ class Params(BaseModel):
     parts: tuple[Literal["resnets", "feed_forward"], ...] = Field(
         default=("resnets", "feed_forward"), min_length=1, description="What to prune."
     )
-    layers: tuple[str, ...] = Field(default=("*",), min_length=1, description="Layers to prune, by pattern.")
+    layers: tuple[str, ...] = Field(
+        default=("*",),
+        min_length=1,
+        description="Modules to prune, by path as in `quantize: {ignore: ...}`: `mid_block`, `ff`.",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Params:

@@ -17,7 +17,7 @@ from sdcompile.passes.importance import Importance, working_gib
 from sdcompile.samples import Samples
 from sdcompile.spec import Job
 
-REVISION = 2
+REVISION = 3
 
 
 class Params(BaseModel):
@@ -45,7 +45,9 @@ class Params(BaseModel):
     compensate: bool = Field(default=True, description="Least-squares update of the output projection.")
     max_ratio: float = Field(default=0.75, gt=0, lt=1, description="Largest share of one layer's heads to remove.")
     layers: tuple[str, ...] = Field(
-        default=("*",), min_length=1, description="Layers to prune, by pattern: '*attn2' is cross-attention."
+        default=("*",),
+        min_length=1,
+        description="Modules to prune, by path as in `quantize: {ignore: ...}`: `attn2` is cross-attention.",
     )
 
     @model_validator(mode="after")

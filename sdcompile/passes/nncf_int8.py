@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompile.errors import StageError
-from sdcompile.passes import nncf_manners
+from sdcompile.passes import nncf_manners, patterns
 from sdcompile.passes.base import Pass, by_modules, write_effect
 from sdcompile.spec import Job
 
@@ -154,9 +154,9 @@ def refuses(params: Params, modules: Mapping[str, str]) -> list[str]:
     paths = [path for path, kind in modules.items() if kind in ("conv", "linear")]
     faults = []
     for number, pattern in enumerate(params.ignore):
-        if not qdq.covered(paths, pattern):
-            faults.append(f"ignore.{number}: {qdq.unmatched(pattern, paths)}")
-    if params.ignore and len(set().union(*(qdq.covered(paths, p) for p in params.ignore))) == len(set(paths)):
+        if fault := patterns.fault_of(paths, [pattern], qdq.QUANTIZABLE):
+            faults.append(f"ignore.{number}: {fault}")
+    if params.ignore and patterns.named(paths, params.ignore) == set(paths):
         faults.append("ignore: this leaves no layer to quantize; build the component in another precision")
     return faults
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdcompile.errors import StageError
+from sdcompile.passes import patterns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,39 +76,20 @@ def _nearest(node: ir.Node, *, up: bool) -> Iterator[ir.Node]:
             yield from _nearest(other, up=up)
 
 
-def matching(nodes: Iterable[ir.Node], patterns: Iterable[str], *, loose: bool = False) -> set[str]:
-    """Names of the nodes whose module lies at or under a module that one of `patterns` names.
+def matching(nodes: Iterable[ir.Node], wanted: Iterable[str], *, loose: bool = False) -> set[str]:
+    """Names of the nodes whose module one of the patterns `wanted` covers (see `patterns`).
 
-    A pattern is a dotted path in which `*` stands for any part of one name and `**` for any names; it may
-    start anywhere (`attn2.to_q`, `down_blocks.0`, `mid_block.**.ff`). Raises StageError when one matches nothing,
-    unless `loose`.
+    Raises StageError when one covers nothing, unless `loose`.
     """
     rows = [(str(node.name), module_of(node)) for node in nodes]
-    found: set[str] = set()
-    for pattern in patterns:
-        paths = covered((path for _, path in rows), pattern)
-        if not paths and not loose:
-            raise StageError(
-                unmatched(pattern, [path for _, path in rows]), "`sdcompile sensitivity RECIPE` lists the groups"
-            )
-        found |= {name for name, path in rows if path in paths}
-    return found
+    paths, wanted = [path for _, path in rows], tuple(wanted)
+    if not loose and (fault := patterns.fault_of(paths, wanted, QUANTIZABLE)):
+        raise StageError(fault, "`sdcompile sensitivity RECIPE` lists the groups")
+    found = patterns.named(paths, wanted)
+    return {name for name, path in rows if path in found}
 
 
-def covered(paths: Iterable[str], pattern: str) -> set[str]:
-    """Those of the module paths that lie at or under what `pattern` names (see `matching`)."""
-    regex = _regex(pattern)
-    return {path for path in paths if regex.fullmatch(path)}
-
-
-def unmatched(pattern: str, paths: Iterable[str]) -> str:
-    some = ", ".join(sorted({group_of(path) for path in paths})[:6])
-    return f"{pattern!r} matches no module that can be quantized; they look like {some}, ..."
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    parts = (".*" if p == "**" else "[^.]*" if p == "*" else re.escape(p) for p in re.split(r"(\*\*|\*)", pattern))
-    return re.compile(rf"(?:.*\.)?{''.join(parts)}(?:\..*)?")
+QUANTIZABLE = "module that can be quantized"
 
 
 def pairs(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, frozenset[str]]]:

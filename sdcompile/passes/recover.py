@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile import metrics
 from sdcompile.errors import RecipeError, StageError
-from sdcompile.passes import pruning, resuming
+from sdcompile.passes import patterns, pruning, resuming
 from sdcompile.passes.base import Pass, Setting, always, by_modules
 from sdcompile.samples import Samples
 from sdcompile.spec import Job, Say
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     Rows = tuple[Call, Tensor]
     """A call, and which of its rows are meant."""
 
-REVISION = 2
+REVISION = 3
 
 POSITIONS = 8192
 """Latent positions whose gradients are kept at once: 32 rows of 16 x 16, 2 of 64 x 64. More rows come in parts, whose
@@ -76,14 +75,16 @@ class Params(BaseModel):
         default=5, ge=1, description="Stop when this many tenths of the steps bring nothing on rows kept aside."
     )
     layers: tuple[str, ...] = Field(
-        default=("*",), min_length=1, description="Weights to train, by pattern ('*attn*'); fewer take less memory."
+        default=("*",),
+        min_length=1,
+        description="Modules to train, by path as in `quantize: {ignore: ...}` (`attn2`); fewer take less memory.",
     )
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="Seed of the choice of rows.")
 
 
 def refuses(params: Params, modules: Mapping[str, str]) -> list[str]:
     names = [f"{path}.{part}" for path in modules for part in ("weight", "bias")]
-    fault = _fault_of(names, params.layers)
+    fault = patterns.fault_of(names, params.layers, "weight")
     return [f"layers: {fault}"] if fault else []
 
 
@@ -241,22 +242,17 @@ def _examine(now: _Training, student: pruning.Subject, validation: Sequence[tupl
         now.best = {name: weight.clone() for name, weight in now.average.items()}
 
 
-def _trained(model: nn.Module, patterns: Sequence[str], field: str) -> dict[str, nn.Parameter]:
+def _trained(model: nn.Module, wanted: Sequence[str], field: str) -> dict[str, nn.Parameter]:
     """The parameters to train, as copies: the checkpoint's own are mapped and must not be written to."""
-    if fault := _fault_of([name for name, _ in model.named_parameters()], patterns):
-        raise RecipeError(f"{field}.layers: {fault}", "* stands for anything")
-    chosen = {n: w for n, w in model.named_parameters() if any(fnmatchcase(n, p) for p in patterns)}
+    weights = dict(model.named_parameters())
+    if fault := patterns.fault_of(weights, wanted, "weight"):
+        raise RecipeError(f"{field}.layers: {fault}", patterns.HINT)
+    found = patterns.named(weights, wanted)
+    chosen = {name: weight for name, weight in weights.items() if name in found}
     for weight in chosen.values():
         weight.data = weight.data.clone()
         weight.requires_grad_(True)
     return chosen
-
-
-def _fault_of(names: Sequence[str], patterns: Sequence[str]) -> str:
-    unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
-    if not unmatched:
-        return ""
-    return f"{', '.join(map(repr, unmatched))} matches no weight; they are named as {', '.join(names[:3])}, ..."
 
 
 def _share(step: int, steps: int) -> float:

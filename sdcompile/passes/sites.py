@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from sdcompile.errors import RecipeError, StageError
+from sdcompile.passes import patterns
 from sdcompile.passes.compensation import Layer
 
 if TYPE_CHECKING:
@@ -112,22 +112,18 @@ def names_of(op: str, paths: Iterable[str]) -> list[str]:
     return [path.removesuffix(_MARKS[op]) for path in paths if path.endswith(_MARKS[op])]
 
 
-def fault_of(names: Sequence[str], patterns: Sequence[str]) -> str:
-    """Which `patterns` (shell-style: * and ?) match none of the modules `names`; "" where each matches one."""
-    unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
-    if not unmatched:
-        return ""
-    return (
-        f"{', '.join(map(repr, unmatched))} matches no layer that can be pruned; "
-        f"they are named as {', '.join(names[:3])}, ..."
-    )
+def fault_of(names: Sequence[str], wanted: Sequence[str]) -> str:
+    """Which patterns of `wanted` (see `patterns`) name none of the modules `names`; "" where each names one."""
+    return patterns.fault_of(names, wanted, "layer that can be pruned")
 
 
-def matching(sites: Sequence[Site], patterns: Sequence[str], field: str) -> list[Site]:
-    """The sites whose module matches one of `patterns`. Raises RecipeError naming each that matches nothing."""
-    if fault := fault_of([site.module for site in sites], patterns):
-        raise RecipeError(f"{field}: {fault}", "* stands for anything")
-    return [site for site in sites if any(fnmatchcase(site.module, p) for p in patterns)]
+def matching(sites: Sequence[Site], wanted: Sequence[str], field: str) -> list[Site]:
+    """The sites whose module one of the patterns `wanted` names. Raises RecipeError with each that names nothing."""
+    names = [site.module for site in sites]
+    if fault := fault_of(names, wanted):
+        raise RecipeError(f"{field}: {fault}", patterns.HINT)
+    found = patterns.named(names, wanted)
+    return [site for site in sites if site.module in found]
 
 
 def layer_of(model: nn.Module, site: Site) -> Layer:

@@ -85,7 +85,7 @@ def test_the_budget_is_spent_where_it_costs_least(small, samples, tmp_path):
 
 
 def test_the_work_of_a_head_counts_its_products(small, samples, tmp_path):
-    layers = ["down_blocks.0.attentions.0*attn1", "mid_block*attn2"]
+    layers = ["down_blocks.0.attentions.0.**.attn1", "mid_block.**.attn2"]
     options = {"ratio": 0.25, "uniform": True, "compensate": False}
     alone = [run("heads", small, tmp_path / str(n), samples, layers=[one], **options) for n, one in enumerate(layers)]
     both = run("heads", small, tmp_path / "both", samples, layers=layers, **options)["layers"]
@@ -141,7 +141,7 @@ def test_of_two_like_heads_merging_keeps_one(small, samples, tmp_path):
     projection.weight = torch.nn.Parameter(projection.weight.clone())
     projection.weight.data[:, 24:32] = 0.7 * projection.weight.data[:, 8:16]
     module.unet.save_pretrained(twin)
-    options = {"ratio": 0.25, "uniform": True, "layers": ["mid_block*attn1"]}
+    options = {"ratio": 0.25, "uniform": True, "layers": ["mid_block.**.attn1"]}
     merged = run("heads", twin, tmp_path / "out", samples, merge=True, **options)
     (edit,) = merged["edits"]
     assert not {1, 3} <= set(edit["keep"])
