@@ -47,7 +47,7 @@ def nothing(inputs: object, out: object, job: object) -> None:
 def passes(monkeypatch):
     """Two passes of the prune stage; the second wants a teacher, the first wants samples when told so."""
     shorten = Pass("shorten", "prune", "checkpoint", 1, Params, nothing, calibrates=lambda p: p.taylor)
-    heal = Pass("heal", "prune", "checkpoint", 1, Params, nothing, calibrates=always, teacher=True)
+    heal = Pass("heal", "prune", "checkpoint", 1, Params, nothing, calibrates=always, teacher=True, assets=True)
     monkeypatch.setitem(PASSES, "shorten", shorten)
     monkeypatch.setitem(PASSES, "heal", heal)
 
@@ -79,7 +79,7 @@ def test_passes_stand_before_the_engine_in_the_order_of_the_table(plan):
     heal = steps["unet.prune.heal"]
     assert heal.inputs == {
         "checkpoint": "unet.prune.shorten", "samples": "pipeline.calibrate.calibrate",
-        "teacher": "unet.fetch.checkpoint",
+        "teacher": "unet.fetch.checkpoint", "assets": "pipeline.fetch.assets",
     }  # fmt: skip
     assert steps["unet.compile.reference"].inputs == {"checkpoint": "unet.prune.heal"}
 

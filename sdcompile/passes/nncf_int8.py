@@ -356,8 +356,8 @@ PASS = Pass(
     refuses=by_modules(refuses),
     packages=("nncf", "onnx", "onnxruntime"),
     calibrates=lambda params: True,
-    # Measured on SD 1.5, a UNet of 3.2 GiB: 15.3 GiB on a Xeon with AMX, 10.9 to 11.1 on an EPYC (Zen 5).
-    memory=(4.5, 0.9),
+    # Measured on SD 1.5, a UNet of 3.2 GiB: 10.7 GiB, and 11.1 with the products of attention.
+    memory=(3.3, 0.8),
     # The graph with pairs, its weights still fp32, and these rounded, beside the result; and where the store shares the
     # source's file, a copy of it for as long as it is read (which meets the others where biases are corrected again).
     disk=3.0,

@@ -1,8 +1,8 @@
 """Recovery: a short distillation of the pruned model from the unpruned one, on recorded denoising trajectories.
 
 The student learns the teacher's output and what each of its blocks hands on (as BK-SDM, Kim et al. 2023,
-arXiv:2305.15798), on the recorded latents; half of the rows get the conditioning of another row, so the
-teacher, which answers on the fly, is asked about more than was recorded. No images are needed. The same
+arXiv:2305.15798). The teacher answers on the fly, and is asked about more than was recorded: half of the rows get the
+conditioning of another row, half get new noise at another timestep (`renoising`). No images are needed. The same
 inputs and steps give the same weights on one machine with as many threads; a limit in minutes would not,
 which is why there is none. A recovery that was interrupted goes on from what it saved last, to the same weights.
 """
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sdcompile import metrics
 from sdcompile.errors import RecipeError, StageError
-from sdcompile.passes import patterns, pruning, resuming
+from sdcompile.passes import lessons, patterns, pruning, renoising, resuming
 from sdcompile.passes.base import Pass, Setting, always, by_modules
 from sdcompile.samples import Samples
 from sdcompile.spec import Job, Say
@@ -70,6 +71,11 @@ class Params(BaseModel):
     mix: float = Field(
         default=0.5, ge=0, le=1, description="Share of the rows that get the conditioning of another row."
     )
+    renoise: float = Field(
+        default=0.5, ge=0, le=1,
+        description="Share of the rows that get new noise, at a timestep that is as noisy or noisier: inputs that were "
+        "never recorded. Takes as many more answers of the unpruned model.",
+    )  # fmt: skip
     ema: float = Field(default=0.99, ge=0, lt=1, description="Decay of the averaged weights, which are what is kept.")
     patience: int = Field(
         default=5, ge=1, description="Stop when this many tenths of the steps bring nothing on rows kept aside."
@@ -94,7 +100,8 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     student = pruning.open_subject(inputs["checkpoint"], job)
     teacher = pruning.open_subject(inputs["teacher"], job)
     pairs = pruning.pairs_of(Samples(inputs["samples"], job.component, held_out=False), job)
-    exams = distil(student, teacher, pairs, params, "recover", job.say, job.state)
+    schedule = renoising.schedule_of(inputs["assets"]) if params.renoise else None
+    exams = distil(student, teacher, pairs, params, "recover", job.say, job.state, schedule)
     pruning.finish(inputs, out, job, student, [], steps=exams)
 
 
@@ -143,11 +150,13 @@ def distil(
     field: str,
     say: Say,
     state: Path | None = None,
+    schedule: renoising.Schedule | None = None,
 ) -> list[dict[str, float]]:
     """Train `student` in place; returns its exams: step and SNR in dB on the rows kept aside.
 
-    What is kept are the averaged weights of the best exam, or the weights as they came when none was
-    better. What is needed to go on is saved in the folder `state`, where one is given, and taken from there.
+    What is kept are the averaged weights of the best exam, or the weights as they came when none was better. Rows are
+    noised again where the `schedule` is known. What is needed to go on is saved in the folder `state`, where one is
+    given, and taken from there.
     Raises StageError when the loss is no longer finite.
     """
 
@@ -163,7 +172,10 @@ def distil(
     begun, start = now.step, time.monotonic()
     saved, took = start, 0.0
     while now.step < params.steps and now.since < params.patience:
-        _learn(now, student, teacher, next(draws), params, field)
+        call = next(draws)
+        if schedule is not None:
+            call = renoising.renoised(call, params.renoise, schedule, partial(_answers, teacher), now.random)
+        _learn(now, student, teacher, call, params, field)
         if not now.step % max(1, params.steps // _EXAMS) or now.step == params.steps:
             _examine(now, student, validation)
         left_s = (time.monotonic() - start) / (now.step - begun) * (params.steps - now.step)
@@ -218,7 +230,7 @@ def _learn(
     for group in now.optimiser.param_groups:
         group["lr"] = params.learning_rate * _share(now.step, params.steps)
     for part in pruning.parts_of(call, POSITIONS):
-        loss = _loss(student, teacher, part, params.features) * (len(part[0]) / len(call[0]))
+        loss = lessons.loss(student, teacher, part, params.features) * (len(part[0]) / len(call[0]))
         if not torch.isfinite(loss):
             raise StageError(f"training diverged at step {now.step}", f"lower {field}.learning_rate")
         loss.backward()
@@ -229,6 +241,13 @@ def _learn(
     decay = min(params.ema, now.step / (now.step + 10))
     for name, weight in now.trained.items():
         now.average[name].lerp_(weight.detach(), 1 - decay)
+
+
+def _answers(teacher: pruning.Subject, call: Call) -> Tensor:
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([teacher.module(*part) for part in pruning.parts_of(call, POSITIONS)])
 
 
 def _examine(now: _Training, student: pruning.Subject, validation: Sequence[tuple[Call, Tensor]]) -> None:
@@ -298,48 +317,6 @@ def _draws(training: Sequence[Rows], params: Params, random: torch.Generator) ->
         yield tuple(torch.stack([table[row][0][at][table[row][1]] for row in of.tolist()]) for at, of in columns)
 
 
-def _loss(student: pruning.Subject, teacher: pruning.Subject, call: Call, features: float) -> Tensor:
-    """Relative squared error of the output, and `features` times that of the blocks' outputs on average."""
-    import torch
-
-    with _block_outputs(teacher.model) as wanted, torch.no_grad():
-        target = teacher.module(*call)
-    with _block_outputs(student.model) as got:
-        output = student.module(*call)
-    loss = _relative(output, target)
-    shared = [name for name in wanted if name in got and wanted[name].shape == got[name].shape]
-    if features and shared:
-        loss = loss + features * torch.stack([_relative(got[name], wanted[name]) for name in shared]).mean()
-    return loss
-
-
-def _relative(value: Tensor, target: Tensor) -> Tensor:
-    return (value - target).square().sum() / target.square().sum().clamp(min=1e-12)
-
-
-@contextmanager
-def _block_outputs(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Fills with what each down, mid and up block hands on while the model runs inside."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: Any, arguments: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    blocks = {f"down_blocks.{i}": block for i, block in enumerate(model.down_blocks)}
-    blocks |= {f"up_blocks.{i}": block for i, block in enumerate(model.up_blocks)}
-    if model.mid_block is not None:
-        blocks["mid_block"] = model.mid_block
-    handles = [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _exam(module: nn.Module, pairs: Sequence[tuple[Call, Tensor]]) -> float:
     """SNR in dB over all rows."""
     import torch
@@ -382,6 +359,7 @@ PASS = Pass(
     # Whether the floors hold is said by what it recovers from: by itself it has nothing to learn.
     exact=True,
     teacher=True,
+    assets=True,
     # Weights, gradients, two moments, the average and the best so far; the teacher stays mapped.
     memory=(7.0, 2.0),
     working=_working_gib,

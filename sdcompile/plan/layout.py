@@ -96,7 +96,7 @@ def resolve(
             made_of = checkpoints[folder] if name != family.shallow else roads[family.denoiser].forms["checkpoint"]
             roads[name] = _component(
                 draft, name, choice, modules.get(family.plain(name)), specs[name], settings[name], facts, made_of,
-                samples, max(recipe.opset, choice.opset), source.fp32_bytes(folder),
+                assets, samples, max(recipe.opset, choice.opset), source.fp32_bytes(folder),
             )  # fmt: skip
         reports = verification(draft, one, choices, specs, shapes, roads, reference)
         ways[target] = Way(choices, roads, reports)
@@ -163,6 +163,7 @@ def _component(
     setting: Setting,
     facts: Mapping[str, Any],
     checkpoint: str,
+    assets: str,
     samples: str | None,
     opset: int,
     size: int,
@@ -183,6 +184,8 @@ def _component(
                 inputs["samples"] = samples
             if record.teacher:
                 inputs["teacher"] = checkpoint
+            if record.assets:
+                inputs["assets"] = assets
             params, of, precision = choice.module_params, spec, choice.precision
             if kind == "checkpoint":
                 # fp32 and whole whatever the engine will be, so that all engines share the pruning.

@@ -66,6 +66,16 @@ def opened(folder: Path):
     return checkpoint.load("sd", "unet", folder, {})
 
 
+SCHEDULER = '{"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}'
+
+
+def assets(folder: Path) -> Path:
+    """What a plan hands to passes that want the noise schedule."""
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(SCHEDULER)
+    return folder
+
+
 def run(
     name: str, checkpoint: Path, out: Path, samples: Path, teacher: Path | None = None, state: Path | None = None,
     say: Say = say_nothing, **params: Any,
@@ -77,6 +87,8 @@ def run(
     if record.calibrates(full):
         inputs["samples"] = samples
     told = {"family": "sd", **full.model_dump(mode="json")}
+    if record.assets:
+        inputs["assets"] = assets(out.parent / "assets")
     job = Job("unet", told, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES, say=say, state=state)
     out.mkdir(parents=True)
     record.run(inputs, out, job)

@@ -14,7 +14,7 @@ from sdcompile.errors import RecipeError, StageError
 from sdcompile.passes import PASSES, narrowing, pruning, sites
 from sdcompile.passes.base import read_effect
 from sdcompile.spec import Job, Say, say_nothing
-from tests.passes.small_unet import CONFIGS, FAMILY, SHAPES, VAE, opened, run
+from tests.passes.small_unet import CONFIGS, FAMILY, SHAPES, VAE, assets, opened, run
 
 pytestmark = pytest.mark.tiny
 
@@ -362,25 +362,26 @@ def test_a_killed_recovery_goes_on_to_the_same_bytes(small, samples, crude, whol
 
 def distilled(small: Path, crude: Path, samples: Path, state: Path, say: Say = say_nothing) -> list[dict]:
     """The exams of a recovery alone, which are all that the next tests look at."""
-    from sdcompile.passes import recover
+    from sdcompile.passes import recover, renoising
     from sdcompile.samples import Samples
 
     job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
     student, teacher = (pruning.open_subject(folder, job) for folder in (crude, small))
     pairs = pruning.pairs_of(Samples(samples, "unet", held_out=False), job)
-    return recover.distil(student, teacher, pairs, recover.Params.model_validate(RECOVERY), "recover", say, state)
+    params, schedule = recover.Params.model_validate(RECOVERY), renoising.schedule_of(assets(state.parent / "assets"))
+    return recover.distil(student, teacher, pairs, params, "recover", say, state, schedule)
 
 
 def test_rows_beyond_a_bound_are_learned_in_parts(small, samples, crude, tmp_path, monkeypatch):
-    from sdcompile.passes import recover
+    from sdcompile.passes import lessons, recover
 
-    learned, plain = [], recover._loss
+    learned, plain = [], lessons.loss
 
     def loss(student, teacher, call, features):
         learned.append(len(call[0]))
         return plain(student, teacher, call, features)
 
-    monkeypatch.setattr(recover, "_loss", loss)
+    monkeypatch.setattr(lessons, "loss", loss)
     whole = distilled(small, crude, samples, tmp_path / "whole")
     assert learned == [4] * 6, "up to the bound a step is one part"
     learned.clear()
