@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sdcompile.passes.sensitivity import Judge
     from sdcompile.samples import Samples
 
-REVISION = 6
+REVISION = 7
 
 SENSITIVITY = "sensitivity.json"
 

@@ -107,9 +107,9 @@ def _fed(node: ir.Node) -> list[ir.Node]:
 
 
 def _readers(node: ir.Node) -> Iterator[ir.Node]:
-    """What reads the output of `node`, directly or through moves of data."""
+    """What reads the output of `node`, directly, through moves of data or through a further pair (behind a resize)."""
     for user in dict.fromkeys(use.node for use in node.outputs[0].uses()):
-        if user.op_type in _MOVES:
+        if user.op_type in (*_MOVES, "QuantizeLinear", "DequantizeLinear"):
             yield from _readers(user)
         else:
             yield user

@@ -467,6 +467,39 @@ def test_the_products_inside_an_attention_are_found_by_the_softmax_between_them(
     assert qdq.inside_attentions(ir.serde.deserialize_model(model).graph) == {"scores", "weigh"}
 
 
+def test_a_pair_before_a_resize_belongs_to_the_layer_behind_it():
+    import onnx_ir as ir
+    from onnx import TensorProto, helper
+
+    from sdcompile.passes import qdq
+
+    def pair(source, number):
+        names = [f"q{number}", f"d{number}"]
+        return [
+            helper.make_node("QuantizeLinear", [source, "s", "z"], names[:1], name=names[0]),
+            helper.make_node("DequantizeLinear", [names[0], "s", "z"], names[1:], name=names[1]),
+        ]
+
+    nodes = [
+        *pair("x", 0),
+        helper.make_node("Resize", ["d0", "", "scales"], ["r"], name="unet.up.upsamplers.0/Resize_0"),
+        *pair("r", 1),
+        helper.make_node("Conv", ["d1", "w"], ["y"], name="unet.up.upsamplers.0.conv/Conv_0"),
+    ]
+    constants = [
+        helper.make_tensor("s", TensorProto.FLOAT, (), [0.1]), helper.make_tensor("z", TensorProto.INT8, (), [0]),
+        helper.make_tensor("scales", TensorProto.FLOAT, (4,), [1, 1, 2, 2]),
+        helper.make_tensor("w", TensorProto.FLOAT, (1, 1, 1, 1), [1.0]),
+    ]  # fmt: skip
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 1, None, None)) for name in "xy"]
+    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], constants))
+    model = ir.serde.deserialize_model(model)
+    assert [set(fed) for _, _, fed in qdq.pairs(model.graph)] == [{"up.upsamplers.0"}] * 2
+    assert qdq.groups(model.graph) == {"up.upsamplers.0": ["unet.up.upsamplers.0.conv/Conv_0"]}
+    qdq.keep_only(model, set())
+    assert [node.op_type for node in model.graph] == ["Resize", "Conv"]
+
+
 def judged(alone: dict[str, list[float]], measured: list[tuple[str, ...]]):
     """A judge of two samples to which the noise of groups adds up exactly; `measured` gets what it was asked."""
 
