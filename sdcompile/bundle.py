@@ -23,7 +23,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from sdcompile.errors import BundleError
 from sdcompile.spec import ComponentSpec, Precision, Range, Shapes
@@ -63,6 +72,21 @@ class ComponentEntry(_Frozen):
     effects: list[dict[str, Any]] = Field(default_factory=list)
     races: list[dict[str, Any]] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
+
+    @model_serializer(mode="wrap")
+    def _readable_by_older_readers(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """They know no `races`, and most bundles have none."""
+        data: dict[str, Any] = dump(self)
+        return data if self.races else {key: value for key, value in data.items() if key != "races"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_bundles(cls, data: Any) -> Any:
+        """Once there was one race at most, int8's."""
+        if not isinstance(data, dict) or "race" not in data:
+            return data
+        race = data["race"] and {"of": "quantize", "name": data["race"].get("precision"), **data["race"]}
+        return {key: value for key, value in data.items() if key != "race"} | {"races": [race] if race else []}
 
 
 class TargetEntry(_Frozen):

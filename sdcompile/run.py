@@ -22,9 +22,10 @@ from sdcompile.errors import HostError, RecipeError, SdcompileError, StageError,
 from sdcompile.families import FAMILIES
 from sdcompile.files import link_tree
 from sdcompile.passes import PASSES
-from sdcompile.plan import SOURCE, Machine, Plan, Step, resolve
+from sdcompile.plan import SOURCE, Machine, Plan, Step, races, resolve
+from sdcompile.plan.races import Detour
 from sdcompile.recipe import Recipe, load
-from sdcompile.recipe.changes import in_precision, unpruned, with_float
+from sdcompile.recipe.changes import in_precision, with_float
 from sdcompile.spec import PIPELINE, Job, Say, Stage, at_target, say_nothing
 from sdcompile.steps import OPS
 from sdcompile.steps.report import broken, fault
@@ -45,13 +46,20 @@ some seconds of imports, which only a large model repays."""
 
 @dataclass
 class Build:
-    """A recipe on its way to a bundle: everything a command needs to plan, make or explain it."""
+    """A recipe on its way to a bundle: everything a command needs to plan, make or explain it.
+
+    fallbacks   component (of a target: unet@openvino) -> why it is not built as asked, all its `notes` in one
+    notes       the same, told apart by what they are about: "prune" or "precision"
+    won         component -> the recipe in which all of it won the race of int8, before groups were left in float
+    """
 
     recipe: Recipe
     source: Source
     store: Store
     plan: Plan
     fallbacks: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, dict[str, str]] = field(default_factory=dict)
+    won: dict[str, Recipe] = field(default_factory=dict)
 
 
 def this_machine() -> Machine:
@@ -134,6 +142,8 @@ def check_fit(plan: Plan, store: Store) -> None:
     if obstacles:
         targets = dict.fromkeys(step.target for step in missing if step.cannot and step.target)
         way_out = f", or build without {', '.join(targets)}: take it out of `targets`" if targets else ""
+        if all(step.gives == "race" for step in missing if step.cannot):
+            way_out = ", or leave out `accept_if`, which races engines on the machine that builds them"
         raise HostError("\n".join(obstacles), f"`sdcompile doctor` lists what this machine has{way_out}")
     _, available = machine.memory_bytes()
     largest = max(missing, key=lambda step: step.memory_bytes, default=None)
@@ -177,46 +187,25 @@ def build(
             why = missed.broken or missed.error.message.splitlines()[0]
             note = f"asked for {asked}, built in fp32 because verification failed: {why}"
             changed = in_precision(work.recipe, name, "fp32", missed.target)
-            _go_on_with(work, changed, at_target(name, missed.target), note, observer)
+            _take(work, Detour(changed, at_target(name, missed.target), "precision", note), observer)
         except _Slower as slower:
-            _leave_in_float(work, slower.race, slower.target, observer)
+            if slower.race["won"]:
+                name = at_target(slower.race["component"], slower.target)
+                work.won[name] = with_float(work.recipe, slower.race["component"], (), slower.target)
+            _take(work, races.with_slower_in_float(work.recipe, slower.race, slower.target), observer)
         except _Lost as lost:
-            _give_up(work, lost.race, lost.target, observer)
+            won = work.won.pop(at_target(lost.race["component"], lost.target), None)
+            _take(work, races.without_loser(work.recipe, lost.race, lost.target, won), observer)
 
 
-def _go_on_with(work: Build, recipe: Recipe, name: str, note: str, observer: Observer) -> None:
-    """Plan again with a changed recipe; the manifest will hold `note` on the component (of one target) `name`."""
-    observer.warn(f"{name}: {note}")
-    work.fallbacks[name] = "; ".join(filter(None, (work.fallbacks.get(name), note)))
-    work.recipe = recipe
+def _take(work: Build, detour: Detour, observer: Observer) -> None:
+    """Plan again with a changed recipe; the manifest will hold its note, in the place of an earlier one on the same."""
+    observer.warn(f"{detour.name}: {detour.note}")
+    notes = work.notes.setdefault(detour.name, {})
+    notes[detour.about] = detour.note
+    work.fallbacks[detour.name] = "; ".join(notes.values())
+    work.recipe = detour.recipe
     work.plan = resolve(work.recipe, work.source, this_machine(), work.fallbacks)
-
-
-def _give_up(work: Build, race: Mapping[str, Any], target: str, observer: Observer) -> None:
-    """Go on without what lost: unquantized, in one target, or unpruned, in all."""
-    component, asked, built = race["component"], race["precision"], race["rival"]
-    if race["of"] == "prune":
-        name, changed = component, unpruned(work.recipe, component)
-    else:
-        name, changed = at_target(component, target), in_precision(work.recipe, component, built, target)
-    note = (
-        f"asked for {asked}, built {built}, because {asked} does not win here: it is {race['speedup']:.2f} times as "
-        f"fast, and accept_if wants {race['wanted']:g}"
-    )
-    _go_on_with(work, changed, name, note, observer)
-
-
-def _leave_in_float(work: Build, race: Mapping[str, Any], target: str, observer: Observer) -> None:
-    """Go on with the groups of layers unquantized that take longer in int8."""
-    groups, rest = race["slower"], race["rival"]
-    int8, rival = (sum(race["groups"][group][k] for group in groups) for k in range(2))
-    some = ", ".join(groups[:3]) + (f" and {len(groups) - 3} more" if len(groups) > 3 else "")
-    note = (
-        f"{len(groups)} of {len(race['groups'])} groups of layers stay in {rest}, where they take {rival:.3g} ms of a "
-        f"call and in {race['precision']} {int8:.3g} here: {some}"
-    )
-    changed = with_float(work.recipe, race["component"], groups, target)
-    _go_on_with(work, changed, at_target(race["component"], target), note, observer)
 
 
 class _Lost(Exception):  # noqa: N818 - a turn of the loop, not an error a user meets

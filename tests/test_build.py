@@ -131,6 +131,37 @@ def test_a_second_build_makes_nothing_and_keeps_the_bundle(stub):
     assert (stub.bundle() / "manifest.json").read_bytes() == before
 
 
+def test_pruning_that_does_not_win_is_left_out_and_the_bundle_says_what_was_measured(own):
+    """From the race to the manifest, with engines that compute nothing and a pass that changes no function."""
+    prune = "components.unet.prune={sliced_attention: {slices: {1: 4}}, accept_if: {speedup: %s}}"
+    lost = own.build(prune % 1e9)
+    assert "unet.compile.race-unpruned" in made(lost)
+    (warning,) = [event["text"] for event in lost if event["event"] == "warning" and "pruning" in event["text"]]
+    assert warning.startswith("unet: pruning is left out, because it does not win here: pruned it is ")
+    entry = json.loads((own.bundle() / "manifest.json").read_text())["components"]["unet"]
+    assert entry["notes"] == [warning.removeprefix("unet: ")]
+    assert not entry["effects"]
+    assert "races" not in entry, "it is told by the note; readers that know no races read the rest"
+    assert made(own.build(prune % 1e9)) == set(), "what lost is known to have lost"
+    own.build(prune % 1e-9)
+    manifest = json.loads((own.bundle() / "manifest.json").read_text())
+    entry = manifest["components"]["unet"]
+    assert [effect["pass"] for effect in entry["effects"]] == ["sliced_attention"]
+    ((race,), notes) = entry["races"], entry["notes"]
+    assert (race["of"], race["name"], race["rival"], race["won"]) == ("prune", "pruned", "unpruned", True)
+    assert notes == []
+    shown = own.run("inspect", own.bundle()).stdout
+    assert "unet: pruned is " in shown
+    assert "times as fast as unpruned by processor time (accept_if wants 1e-09)" in shown
+    # As manifests were before there was a second race.
+    entry["race"] = {"precision": "int8", "rival": "bf16", "speedup": 1.25, "wanted": 1.0, "won": True}
+    del entry["races"]
+    for other in manifest["components"].values():
+        other.setdefault("race", {})
+    (own.bundle() / "manifest.json").write_text(json.dumps(manifest))
+    assert "unet: int8 is 1.25 times as fast as bf16" in own.run("inspect", own.bundle()).stdout
+
+
 def test_a_changed_field_makes_again_only_what_depends_on_it(own):
     assert made(own.build("components.unet.precision=fp16")) == {"unet.compile.stub", "pipeline.package.bundle"}
 

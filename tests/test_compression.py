@@ -397,8 +397,9 @@ def test_int8_that_must_win_is_raced_against_what_a_plain_build_would_make(plan)
 
 
 @pytest.fixture
-def turned(plan, source, monkeypatch):
+def turned(plan, source, monkeypatch, tmp_path):
     """Plan INT8 with some settings, let its races end as told, one after the other, and build: (work, plans, said)."""
+    import json
     from contextlib import nullcontext
 
     from sdcompile import run
@@ -408,8 +409,8 @@ def turned(plan, source, monkeypatch):
         def using(self, keys):
             return nullcontext()
 
-    def build(races, *sets):
-        said, plans = [], []
+    def build(outcomes, *sets, text=INT8):
+        said, plans, left = [], [], list(outcomes)
 
         class Quiet(Observer):
             def warn(self, text: str) -> None:
@@ -417,29 +418,34 @@ def turned(plan, source, monkeypatch):
 
         def make_all(work, plan, observer):
             plans.append(plan)
-            if len(plans) <= len(races):
-                race = RACE | races[len(plans) - 1]
-                raise run._Slower(race) if race["slower"] else run._Lost(race)
+            for step in plan:
+                if step.gives == "race":
+                    assert left, f"nobody said how {step.name} ends"
+                    (tmp_path / "race.json").write_text(json.dumps(RACE | {"of": step.job.params["of"]} | left.pop(0)))
+                    run._gate(step, tmp_path)
             return {}
 
         monkeypatch.setattr(run, "_make_all", make_all)
-        first = plan(INT8, "components.unet.quantize.accept_if.speedup=1.1", *sets)
+        first = plan(text, *sets)
         work = run.Build(first.recipe, source, NoStore(), first)
         run.build(work, "package", Quiet(), force=True)
+        assert not left, "and every race was run"
         return work, plans, said
 
     return build
 
 
+MUST_WIN_INT8 = "components.unet.quantize.accept_if.speedup=1.1"
+LOST = {"won": False, "speedup": 0.9}
+WON = {"won": True, "speedup": 1.3}
 RACE = {
-    "component": "unet", "of": "quantize", "precision": "int8", "rival": "bf16", "speedup": 0.9, "wanted": 1.1,
-    "won": False,
-    "slower": [], "groups": {"conv_in": [3.0, 1.0], "mid_block.resnets.0": [2.5, 2.0], "conv_out": [1.0, 2.0]},
+    "component": "unet", "name": "int8", "rival": "bf16", "wanted": 1.1, "slower": [],
+    "groups": {"conv_in": [3.0, 1.0], "mid_block.resnets.0": [2.5, 2.0], "conv_out": [1.0, 2.0]},
 }  # fmt: skip
 
 
 def test_a_lost_race_builds_the_component_unquantized_and_says_so(turned):
-    work, plans, said = turned([{}])
+    work, plans, said = turned([LOST], MUST_WIN_INT8)
     assert work.recipe.effective("unet").precision == "bf16"
     assert "unet.quantize.nncf_int8" not in [s.name for s in plans[1]]
     assert "0.90 times as fast, and accept_if wants 1.1" in work.fallbacks["unet"]
@@ -447,12 +453,20 @@ def test_a_lost_race_builds_the_component_unquantized_and_says_so(turned):
     assert said
 
 
+def test_a_race_that_is_won_changes_nothing(turned):
+    work, plans, said = turned([WON], MUST_WIN_INT8)
+    assert (len(plans), said, work.fallbacks) == (1, [], {})
+
+
+SLOWER = {"slower": ["conv_in", "mid_block.resnets.0"]}
+
+
 def test_groups_that_are_slower_in_int8_stay_in_float_and_are_raced_once_more(turned):
-    slower = {"slower": ["conv_in", "mid_block.resnets.0"]}
-    _, plans, said = turned([slower], "components.unet.quantize.ignore=[conv_out]")
+    ignored = "components.unet.quantize.ignore=[conv_out]"
+    _, plans, said = turned([LOST | SLOWER, WON], MUST_WIN_INT8, ignored)
     quantize = plans[1]["unet.quantize.nncf_int8"].job.params
-    assert quantize["ignore"] == ["conv_out", "conv_in", "mid_block.resnets.0"], "what the recipe ignores stays ignored"
-    assert plans[0]["unet.quantize.nncf_int8"].key != plans[1]["unet.quantize.nncf_int8"].key
+    assert quantize["float_groups"] == ["conv_in", "mid_block.resnets.0"]
+    assert quantize["ignore"] == ["conv_out"], "what the recipe ignores stays ignored"
     assert plans[1]["unet.compile.race"].job.params["groups"] is False
     rivals = [made["unet.compile.openvino-bf16"] for made in plans]
     assert rivals[0].job == rivals[1].job, "the rival is made once"
@@ -464,10 +478,40 @@ def test_groups_that_are_slower_in_int8_stay_in_float_and_are_raced_once_more(tu
 
 
 def test_int8_that_loses_even_so_is_given_up(turned):
-    work, plans, _ = turned([{"slower": ["conv_in"]}, {"speedup": 1.05}])
+    work, plans, _ = turned([LOST | SLOWER, LOST | {"speedup": 1.05}], MUST_WIN_INT8)
     assert len(plans) == 3
     assert work.recipe.effective("unet").precision == "bf16"
     assert "1.05 times as fast" in work.fallbacks["unet"]
+    assert "groups" not in work.fallbacks["unet"], "what is no longer so is no longer told"
+
+
+def test_int8_that_had_won_as_a_whole_is_not_given_up_for_what_was_tried_after(turned):
+    work, plans, _ = turned([WON | SLOWER, LOST | {"speedup": 1.08}, WON], MUST_WIN_INT8)
+    assert len(plans) == 3
+    assert plans[2]["unet.quantize.nncf_int8"].job.params["float_groups"] == []
+    assert work.recipe.effective("unet").precision == "int8"
+    assert work.fallbacks["unet"].startswith(
+        "all of it is int8, as it no longer wins here with groups of layers in bf16"
+    )
+
+
+def test_what_was_found_of_the_denoiser_is_not_taken_for_its_widths(turned):
+    widths = "components.unet.widths={w75: {channels: {ratio: 0.3}}}"
+    _, plans, said = turned([LOST | SLOWER, WON, LOST, WON], MUST_WIN_INT8, widths)
+    assert plans[1]["unet.quantize.nncf_int8"].job.params["float_groups"] == SLOWER["slower"]
+    assert plans[1]["unet_w75.quantize.nncf_int8"].job.params["float_groups"] == []
+    assert plans[1]["unet_w75.compile.race"].job.params["groups"] is True, "its own groups are its own race's to find"
+    assert "unet_w75.quantize.nncf_int8" not in [s.name for s in plans[2]]
+    assert "unet.quantize.nncf_int8" in [s.name for s in plans[2]]
+    assert [line.partition(":")[0] for line in said] == ["unet", "unet_w75"]
+
+
+def test_a_denoiser_that_loses_leaves_its_widths_to_their_own_race(turned):
+    widths = "components.unet.widths={w75: {channels: {ratio: 0.3}}}"
+    work, plans, _ = turned([LOST, WON], MUST_WIN_INT8, widths)
+    assert work.recipe.effective("unet").precision == "bf16"
+    assert work.recipe.effective("unet_w75").precision == "int8"
+    assert "unet_w75.quantize.nncf_int8" in [s.name for s in plans[1]]
 
 
 MUST_WIN = "components.unet.prune={channels: {ratio: 0.3}, accept_if: {speedup: 1.2}}"
@@ -488,23 +532,38 @@ def test_pruning_that_must_win_is_raced_against_the_source_in_one_precision(plan
     ]
 
 
+def test_pruning_is_raced_before_anything_is_quantized(plan):
+    names = [step.name for step in plan(INT8, MUST_WIN, MUST_WIN_INT8)]
+    assert names.index("unet.compile.race-unpruned") < names.index("unet.quantize.nncf_int8")
+    assert names.index("unet.quantize.nncf_int8") < names.index("unet.compile.race")
+
+
 def test_pruning_that_loses_leaves_the_component_as_its_source_has_it(turned):
-    lost = {"of": "prune", "precision": "pruned", "rival": "unpruned", "wanted": 1.2}
-    work, plans, said = turned([lost], MUST_WIN)
+    work, plans, said = turned([LOST | {"wanted": 1.2}], MUST_WIN)
     assert "unet.prune.channels" in [s.name for s in plans[0]]
     assert "unet.prune.channels" not in [s.name for s in plans[1]]
     assert work.recipe.effective("unet").precision == "int8", "int8 has a race of its own"
     assert said == [
-        "unet: asked for pruned, built unpruned, because pruned does not win here: it is 0.90 times as fast, and "
-        "accept_if wants 1.2"
+        "unet: pruning is left out, because it does not win here: pruned it is 0.90 times as fast, and accept_if "
+        "wants 1.2"
     ]
 
 
 def test_what_happened_on_the_way_is_told_together(turned):
-    lost = {"of": "prune", "precision": "pruned", "rival": "unpruned"}
-    work, *_ = turned([lost, {"slower": ["conv_in"]}], MUST_WIN)
-    assert "built unpruned" in work.fallbacks["unet"]
-    assert "stay in bf16" in work.fallbacks["unet"]
+    work, *_ = turned([LOST, LOST | SLOWER, WON], MUST_WIN, MUST_WIN_INT8)
+    assert work.fallbacks["unet"].startswith("pruning is left out, ")
+    assert "; 2 of 3 groups of layers stay in bf16" in work.fallbacks["unet"]
+
+
+def test_a_target_that_fell_back_may_become_another_one(turned):
+    """Refused in a recipe as it is written, but no reason to stop a build on its way."""
+    text = INT8.replace("backend: openvino\n", "").replace("precision: bf16\n", "")
+    targets = "targets=[{name: a, backend: openvino, precision: bf16}, {name: b, backend: openvino, precision: bf16, "
+    targets += "components: {unet: {precision: bf16}}}]"
+    accept = "components.unet.quantize.accept_if.speedup=1.1"
+    work, plans, _ = turned([LOST], targets, accept, text=text)
+    assert list(work.fallbacks) == ["unet@a"]
+    assert plans[1]["pipeline.package.bundle"]
 
 
 @pytest.mark.parametrize(
@@ -513,13 +572,25 @@ def test_what_happened_on_the_way_is_told_together(turned):
         ("prune: {accept_if: {speedup: 1.1}}", "no pass is named whose engine could be accepted or not"),
         ("prune: {heads: {}, accept_if: {sped: 1}}", "unknown field 'sped', did you mean 'speedup'?"),
         ("prune: {heads: {}, accept_if: {speedup: 0}}", "must be more than 0"),
+        ("quantize: {accept_if: {groups: false}}", "quantize.accept_if: what int8 must bring is not said"),
+        ("quantize: {float_groups: [conv_in, attn1]}", "quantize.float_groups.1: 'attn1' is no group of layers"),
         ("prune: {heads: {}, acept_if: {speedup: 1}}", "unknown pass 'acept_if', did you mean 'accept_if'?"),
         ("widths: {w75: {heads: {}, accept_if: {speedup: 1}}}", "a width is built because it is narrow"),
     ],
 )
-def test_what_cannot_be_asked_of_a_pruned_engine(plan, text, fault):
+def test_what_cannot_be_asked_of_engines_that_must_win(plan, source, text, fault):
+    source.configs["unet"] |= UNET
     with pytest.raises(RecipeError, match=re.escape(fault)):
-        plan(INT8, f"components.unet={{{text}}}")
+        plan(INT8, f"components.unet={{precision: int8, {text}}}")
+
+
+def test_an_accept_if_of_null_is_none_and_fields_of_it_are_inherited(plan):
+    steps = plan(INT8, "components.unet.prune={channels: {ratio: 0.3}, accept_if: null}")
+    assert "unet.compile.race-unpruned" not in [s.name for s in steps]
+    both = plan(INT8, "quantize={accept_if: {speedup: 1.3}}", "components.unet.quantize.accept_if.groups=false")
+    assert both["unet.compile.race"].job.params == {
+        "backend": "openvino", "of": "quantize", "speedup": 1.3, "groups": False,
+    }  # fmt: skip
 
 
 def test_a_race_of_engines_that_cannot_run_here_is_no_step_that_this_machine_can_take(plan, source):
@@ -546,7 +617,7 @@ EFFECTS = {
                 "left_out": ["conv_in", "a", "b", "c"],
             },
         ],
-        "races": [{"precision": "int8", "rival": "bf16", "speedup": 1.234, "wanted": 1.1}],
+        "races": [{"name": "int8", "rival": "bf16", "speedup": 1.234, "wanted": 1.1}],
     }
 }  # fmt: skip
 

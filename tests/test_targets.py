@@ -252,11 +252,12 @@ def test_groups_are_left_in_float_in_one_target_alone(tmp_path):
     )
     changed = with_float(recipe(tmp_path, *sets), "unet", ["conv_in"], "openvino").by_target()
     quantize = {target: one.quantizing("unet") for target, one in changed.items()}
-    assert quantize["openvino"].params["ignore"] == ["conv_out", "conv_in"]
+    assert quantize["openvino"].params["ignore"] == ["conv_out"]
+    assert quantize["openvino"].params["float_groups"] == ["conv_in"]
     assert quantize["openvino"].accept_if.speedup == 1.1
     assert not quantize["openvino"].accept_if.groups
-    assert quantize["onnxruntime"].params["ignore"] == ["conv_out"]
+    assert quantize["onnxruntime"].params == {"ignore": ["conv_out"]}
     assert quantize["onnxruntime"].accept_if.groups
     alone = with_float(recipe(tmp_path, "targets=", "backend=openvino", "precision=int8"), "unet", ["conv_in"])
-    assert alone.quantizing("unet").params == {"ignore": ["conv_in"]}
+    assert alone.quantizing("unet").params == {"float_groups": ["conv_in"]}
     assert alone.quantizing("text_encoder").params == {}

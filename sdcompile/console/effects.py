@@ -27,7 +27,7 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
     for name, row in components.items():
         for race in row["races"]:
             yield (
-                f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} "
+                f"{name}: {race['name']} is {race['speedup']:.2f} times as fast as {race['rival']} "
                 f"by processor time (accept_if wants {race['wanted']:g})"
             )
 

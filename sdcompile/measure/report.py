@@ -214,18 +214,25 @@ def _compression(folder: Path, manifest: bundle.Manifest) -> Iterator[str]:
     for name, entry in manifest.components.items():
         for race in entry.races:
             yield html.paragraph(
-                f"{name}: {race['precision']} is {race['speedup']:.2f} times as fast as {race['rival']} by processor "
+                f"{name}: {race['name']} is {race['speedup']:.2f} times as fast as {race['rival']} by processor "
                 f"time of a call (accept_if wants {race['wanted']:g})."
             )
     for path in sorted((folder / manifest.reports).glob("*-sensitivity.json")):
         told = _json(path)
-        worst = sorted((min(group["snr_db"].values()), group["name"]) for group in told["groups"])[:_GROUPS]
+        worst = sorted((min(row["snr_db"].values()), row["name"], row.get("groups", 1)) for row in told["groups"])[
+            :_GROUPS
+        ]
         kept = set(told["left_out"])
-        bars = [(f"{name} (left in float)" if name in kept else name, level, level, level) for level, name in worst]
+        names = [
+            name + (" (left in float)" if name in kept else f" ({count} groups)" if count > 1 else "")
+            for _, name, count in worst
+        ]
+        bars = [(name, level, level, level) for name, (level, *_) in zip(names, worst, strict=True)]
         yield html.figure(
-            charts.bars(bars, x="SNR with that group alone in int8, dB", digits=1),
-            f"{path.name.partition('-')[0]}: the {len(bars)} groups of layers that int8 costs most, worst first; "
-            f"all {len(told['groups'])} together give {min(told['all'].values()):.1f} dB.",
+            charts.bars(bars, x="SNR with that part alone in int8, dB", digits=1),
+            f"{path.name.partition('-')[0]}: the {len(bars)} groups of layers, or blocks of them, that int8 costs "
+            f"most, worst first; all {sum(row.get('groups', 1) for row in told['groups'])} groups together give "
+            f"{min(told['all'].values()):.1f} dB.",
         )
 
 

@@ -98,8 +98,17 @@ class Params(BaseModel):
         description="Modules to leave in float, by path: `mid_block`, `**.attn2.to_q`; `*` is any part of one name, "
         "`**` any names. A pattern that matches nothing is an error.",
     )
+    float_groups: tuple[str, ...] = Field(
+        default=(),
+        description="Groups of layers to leave in float, by the names that `sdcompile sensitivity` gives them: just "
+        "these, not what lies under them. A build adds those that `accept_if` finds slower in int8.",
+    )
     budget: Budget | None = Field(default=None, description="What it may cost. Unset: everything is quantized.")
-    sensitivity: bool = Field(default=False, description="Measure every group of layers even without a budget.")
+    sensitivity: bool = Field(
+        default=False,
+        description="Measure every group of layers, without a budget too; else a budget looks into blocks of them only "
+        "where it must.",
+    )
     judge_samples: int = Field(
         default=12, ge=1, description="Held out samples that groups and the result are judged by."
     )
@@ -156,6 +165,12 @@ def refuses(params: Params, modules: Mapping[str, str]) -> list[str]:
     for number, pattern in enumerate(params.ignore):
         if fault := patterns.fault_of(paths, [pattern], qdq.QUANTIZABLE):
             faults.append(f"ignore.{number}: {fault}")
+    groups = {qdq.group_of(path) for path in paths}
+    for number, name in enumerate(params.float_groups):
+        if name not in groups:
+            faults.append(
+                f"float_groups.{number}: {name!r} is no group of layers; they are {', '.join(sorted(groups))}"
+            )
     if params.ignore and patterns.named(paths, params.ignore) == set(paths):
         faults.append("ignore: this leaves no layer to quantize; build the component in another precision")
     return faults
@@ -165,8 +180,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     """Write the int8 form of `inputs["onnx"]/model.onnx` to `out/model.onnx` (+ model.onnx.data) and effect.json.
 
     inputs["samples"]: the samples form of a calibration. With a budget, or `sensitivity`, sensitivity.json tells
-    what each group costs. Raises StageError when the graph is quantized already, a pattern matches nothing, no
-    sample was recorded, one holds NaN, the budget cannot be held, or the result is not what was asked.
+    what each group costs, or with a budget alone blocks of them where that was enough. Raises StageError when the
+    graph is quantized already, a pattern matches nothing, no sample was recorded, one holds NaN, the budget cannot be
+    held, or the result is not what was asked.
     """
     import onnx_ir as ir
 
@@ -179,6 +195,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear", "MatMulInteger") for node in original.graph):
         raise StageError(f"{job.component}: the graph is quantized already", "name the original weights as source")
     ignored = qdq.matching(qdq.targets(original.graph), params.ignore, loose=job.params.get("inherited", False))
+    ignored |= {
+        str(n.name) for n in qdq.targets(original.graph) if qdq.group_of(qdq.module_of(n)) in params.float_groups
+    }
     if not params.vectors:
         # The exporter writes Gemm for linear layers on (rows, width) alone. On the tiny model, quantizing the time
         # embedding was most of the noise (SNR 12.3 dB in verification; 21.5 dB without these layers).

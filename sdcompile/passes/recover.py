@@ -74,7 +74,7 @@ class Params(BaseModel):
     renoise: float = Field(
         default=0.5, ge=0, le=1,
         description="Share of the rows that get new noise, at a timestep that is as noisy or noisier: inputs that were "
-        "never recorded. Takes as many more answers of the unpruned model.",
+        "never recorded. Each such row costs one more answer of the unpruned model.",
     )  # fmt: skip
     ema: float = Field(default=0.99, ge=0, lt=1, description="Decay of the averaged weights, which are what is kept.")
     patience: int = Field(

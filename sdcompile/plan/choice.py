@@ -133,6 +133,7 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     passes += planned(backend.realises.get(rest, ()))
     faults += faults_of_mode(backend, passes, place_of_quantize(recipe, name))
     faults += faults_of_cast(recipe, name, backend, rest, passes)
-    wanted = quantize.accept_if.model_dump() if quantize.accept_if else {"speedup": None}
-    accept = wanted if wanted["speedup"] is not None else None
+    accept = quantize.accept_if.model_dump() if quantize.accept_if else None
+    if accept is not None and accept["speedup"] is None:
+        faults.append(f"{place_of_quantize(recipe, name)}.accept_if: what int8 must bring is not said: speedup: 1.05")
     return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, accept, of_pruned, accept_pruned)

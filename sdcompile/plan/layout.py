@@ -23,7 +23,7 @@ from sdcompile.plan.sampling import fitting, samplers
 from sdcompile.plan.steps import SOURCE, Machine, Plan
 from sdcompile.plan.verification import calibration, verification
 from sdcompile.recipe import Recipe
-from sdcompile.spec import PIPELINE, ComponentSpec, Shapes
+from sdcompile.spec import PIPELINE, ComponentSpec, Precision, Shapes
 
 if TYPE_CHECKING:
     from sdcompile.steps.layout import Source
@@ -102,7 +102,8 @@ def resolve(
         ways[target] = Way(choices, roads, reports)
         used = dict.fromkeys(choice.backend.name for choice in choices.values())
         notes += [f"{name}: {note}" for name in used for note in machine.probes[name].notes]
-    _refuse(recipe, _twins(ways))
+    # A target that fell back may have become another one; that is no fault of the recipe.
+    _refuse(recipe, _twins(ways) if not fallbacks else [])
     draft.target = ""
     package(draft, recipe, ways, facts, shapes, shared, fallbacks)
     return Plan(recipe, tuple(draft.steps.values()), tuple(dict.fromkeys(notes)))
@@ -225,27 +226,29 @@ def _component(
         passes = walk(forms, "onnx", choice, variant)
         return Road(forms, passes, engine(forms, choice, variant), exported)
 
-    def race(mine: str, rival: str, told: Mapping[str, Any], graph: str | None, variant: str = "") -> str:
+    def race(mine: str, rival: str, told: Mapping[str, Any], *, graph: str | None, precision: Precision) -> str:
         backend = choice.backend
         inputs = {"engine": mine, "rival": rival, **({"onnx": graph} if graph else {})}
         return draft.add(
-            name, "race", inputs, {"backend": backend.name, **told}, precision=choice.precision,
-            memory=2 * memory.needed(backend.memory, size), variant=variant,
+            name, "race", inputs, {"backend": backend.name, **told}, precision=precision,
+            memory=2 * memory.needed(backend.memory, size), variant="" if graph else "unpruned",
             cannot=draft.machine.probes[backend.name].cannot_run,
         )  # fmt: skip
 
     passes = walk(forms, "checkpoint", choice)
-    plain, whole, rival = dict(forms), {"checkpoint": checkpoint}, choice.unquantized
-    road = made(forms, choice)
+    plain, rival = dict(forms), choice.unquantized
+    # The same steps as `choice`'s own where nothing is quantized.
+    variant = "" if choice.rest is None else rival.precision
     races: dict[str, str] = {}
-    if choice.accept is not None:
-        other = made(plain, rival, rival.precision).engine
-        races["quantize"] = race(road.engine, other, {**choice.accept, "of": "quantize"}, forms["onnx"])
     if choice.accept_pruned is not None and passes:
-        # In the precision of what is not int8, so that nothing is fitted once more to tell.
-        narrow = road.engine if choice.rest is None else made(plain, rival, rival.precision).engine
+        # Before anything is quantized, and in the precision of what is not: whether int8 wins depends on the model.
+        narrow, whole = made(plain, rival, variant), made({"checkpoint": checkpoint}, rival, "unpruned")
         told = {"speedup": choice.accept_pruned, "groups": False, "of": "prune"}
-        races["prune"] = race(narrow, made(whole, rival, "unpruned").engine, told, None, "unpruned")
+        races["prune"] = race(narrow.engine, whole.engine, told, graph=None, precision=rival.precision)
+    road = made(forms, choice)
+    if choice.accept is not None:
+        other, told = made(plain, rival, variant), {**choice.accept, "of": "quantize"}
+        races["quantize"] = race(road.engine, other.engine, told, graph=forms["onnx"], precision=choice.precision)
     return road._replace(passes=(*passes, *road.passes), races=races)
 
 

@@ -141,18 +141,27 @@ class QuantizeRecipe(Part):
 
     def over(self, default: QuantizeRecipe) -> QuantizeRecipe:
         """These fields, and those of `default` where one is not set here."""
-        return QuantizeRecipe.model_validate({**_set(default), **_set(self)})
+        accept = {**_set(default.accept_if), **_set(self.accept_if)}
+        return QuantizeRecipe.model_validate(
+            {**_set(default), **_set(self), **({"accept_if": accept} if accept else {})}
+        )
 
 
-def _set(part: QuantizeRecipe) -> dict[str, Any]:
-    return {name: value for name, value in part.model_dump().items() if value is not None}
+def _set(part: Part | None) -> dict[str, Any]:
+    """The fields that are set; a default counts as such only where it was written."""
+    told = part.model_dump(exclude_unset=True) if part is not None else {}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def prune_value(value: Any) -> Any:
-    """`prune: {heads: }` means the pass `heads` with all its defaults."""
+    """`prune: {heads: }` means the pass `heads` with all its defaults; `accept_if: ` means none."""
     if not isinstance(value, dict):
         return value
-    return {name: {} if params is None else params for name, params in value.items()}
+    return {
+        name: {} if params is None else params
+        for name, params in value.items()
+        if not (name == ACCEPT_IF and params is None)
+    }
 
 
 def prompts_of(part: CalibrateRecipe, path: Path | None, where: str) -> tuple[str, ...] | None:

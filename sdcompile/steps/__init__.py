@@ -45,5 +45,5 @@ OPS: dict[str, Op] = {
     "record": Op("sdcompile.steps.record", "verify", "samples", revision=3, packages=_TORCH),
     "engine": Op("sdcompile.steps.verify", "verify", "report", revision=3, host=True),
     "images": Op("sdcompile.steps.verify_images", "verify", "report", revision=3, host=True),
-    "bundle": Op("sdcompile.steps.package", "package", "bundle", revision=6),
+    "bundle": Op("sdcompile.steps.package", "package", "bundle", revision=7),
 }

@@ -78,7 +78,7 @@ def test_a_report_shows_what_passes_did_and_what_int8_costs_worst_first(tmp_path
 
     effect = {"pass": "nncf_int8", "parameters": [10, 10], "bytes": [40, 10], "snr_db": {"early": 21.5}}
     heads = {"pass": "heads", "parameters": [20, 10], "bytes": [80, 40], "macs": [1000, 750], "snr_db": {}}
-    race = {"precision": "int8", "rival": "bf16", "speedup": 1.43, "wanted": 1.05}
+    race = {"name": "int8", "rival": "bf16", "speedup": 1.43, "wanted": 1.05}
     unet = SimpleNamespace(effects=[heads, effect], races=[race])
     manifest = SimpleNamespace(components={"unet": unet}, reports="reports")
     groups = [{"name": f"group.{n}", "operators": 1, "snr_db": {"early": 30.0 + n, "late": 40.0}} for n in range(3)]
