@@ -16,6 +16,7 @@ from typing import Any
 from sdcompile import recipe
 from sdcompile.backends import BACKENDS
 from sdcompile.passes import PASSES
+from sdcompile.recipe.compression import PruneAcceptRecipe
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -42,6 +43,7 @@ def recipe_page() -> str:
     for record in PASSES.values():
         if record.stage == "prune":
             lines += table(f"prune: {record.name}", record.params.model_json_schema())
+    lines += table("prune: accept_if", PruneAcceptRecipe.model_json_schema())
     return "\n".join(lines).strip() + "\n"
 
 

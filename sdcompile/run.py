@@ -254,6 +254,10 @@ def _fallback_component(work: Build, missed: _Missed) -> str | None:
 
 def _make_all(work: Build, plan: Plan, observer: Observer) -> dict[str, Path]:
     paths: dict[str, Path] = {}
+    for step in plan:
+        # A race that is known to be lost needs no engine again.
+        if step.gives == "race" and (known := work.store.get(step.key)) is not None:
+            _judge(work, step, known)
     needed = wanted(plan, work.store)
     for step in plan:
         if step.name not in needed:
@@ -266,8 +270,19 @@ def _make_all(work: Build, plan: Plan, observer: Observer) -> dict[str, Path]:
             made = _make(work, step, paths, observer)
         paths[step.name] = made
         if step.gives in _JUDGED:
-            _gate(step, made)
+            _judge(work, step, made)
     return paths
+
+
+def _judge(work: Build, step: Step, folder: Path) -> None:
+    """`_gate`, and remember a race that was lost under a name of its own: the plan that follows has another one in its
+    place, and gc keeps what is remembered."""
+    try:
+        _gate(step, folder)
+    except _Lost as lost:
+        how = "slower" if isinstance(lost, _Slower) else "lost"
+        work.store.remember(work.recipe.name, f"{step.name}-{how}", step.key)
+        raise
 
 
 def _gate(step: Step, folder: Path) -> None:

@@ -143,6 +143,8 @@ def test_pruning_that_does_not_win_is_left_out_and_the_bundle_says_what_was_meas
     assert not entry["effects"]
     assert "races" not in entry, "it is told by the note; readers that know no races read the rest"
     assert made(own.build(prune % 1e9)) == set(), "what lost is known to have lost"
+    own.run("gc")
+    assert made(own.build(prune % 1e9)) == set(), "and still is when its engines are gone"
     own.build(prune % 1e-9)
     manifest = json.loads((own.bundle() / "manifest.json").read_text())
     entry = manifest["components"]["unet"]

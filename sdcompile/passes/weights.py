@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdcompile.errors import StageError
-from sdcompile.passes import qdq
+from sdcompile.passes import casting, qdq
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,7 @@ def insert_pairs(source: Path, target: Path, ignored: Collection[str], group_siz
     import onnx_ir as ir
 
     model = qdq.load(source)
+    casting.map_weights(model, source.parent)
     found = 0
     for node, weight, values in _weighted(model, ignored):
         transposed = _is_transposed(node)
@@ -66,6 +67,7 @@ def quantize_at_run_time(source: Path, target: Path, ignored: Collection[str]) -
     import onnx_ir as ir
 
     model = qdq.load(source)
+    casting.map_weights(model, source.parent)
     read: dict[ir.Value, Sequence[ir.Value]] = {}
     linear = [
         (node, weight, values)

