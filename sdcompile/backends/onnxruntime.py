@@ -21,6 +21,7 @@ from sdcompile.backends import onnxruntime_tensorrt as trt
 from sdcompile.backends.base import Backend, Card, Host, Probe, card_from_job, read_card, write_card
 from sdcompile.backends.onnxruntime_binding import Bindings
 from sdcompile.backends.onnxruntime_profile import least
+from sdcompile.backends.onnxruntime_settings import settings_of
 from sdcompile.backends.trt import driver
 from sdcompile.errors import HostError, StageError
 from sdcompile.files import link
@@ -86,6 +87,9 @@ _OF_PROVIDER = {
     "builder_optimization_level": "tensorrt", "workspace_mib": "tensorrt", "hardware_compatibility": "tensorrt",
     "timing_cache": "tensorrt", "cuda_graphs": "cuda",
 }  # fmt: skip
+
+
+_LEVELS = {"all": "ENABLE_ALL", "extended": "ENABLE_EXTENDED", "basic": "ENABLE_BASIC", "disable": "DISABLE_ALL"}
 
 
 def probe() -> Probe:
@@ -282,23 +286,8 @@ def _session(
             f"ONNX Runtime here has no {wanted} (it has {', '.join(offered)})",
             "pip uninstall onnxruntime && pip install 'sdcompile[onnxruntime-gpu]', or build with provider: cpu",
         )
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 4
-    settings.graph_optimization_level = getattr(
-        ort.GraphOptimizationLevel,
-        f"ORT_{'DISABLE' if options.graph_optimization == 'disable' else 'ENABLE'}_"
-        f"{'ALL' if options.graph_optimization == 'disable' else options.graph_optimization.upper()}",
-    )
-    threads = host.threads or options.threads
-    if threads is not None:
-        settings.intra_op_num_threads = threads
-    if optimized is not None:
-        settings.optimized_model_filepath = str(optimized)
-        settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-    if profile_to is not None:
-        settings.enable_profiling, settings.profile_file_prefix = True, str(profile_to)
-    # Spinning workers burn whole cores between calls (7x the CPU time of a text encoder call, measured).
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    level = f"ORT_{_LEVELS[options.graph_optimization]}"
+    settings = settings_of(path, level, host.threads or options.threads, optimized=optimized, profile_to=profile_to)
     providers: list[Any] = [wanted]
     if device != "cpu":
         # TF32 would make "fp32" mean 10 bits of mantissa.

@@ -310,3 +310,26 @@ def test_tensorrts_graph_has_no_operator_of_onnx_runtimes_own_and_int8_is_refuse
     assert "symmetric" in onnxruntime.refuses("int8", onnxruntime.Options(provider="tensorrt"))[0]
     assert onnxruntime.refuses("int8", onnxruntime.Options(provider="cuda")) == []
     assert onnxruntime.refuses("fp16", onnxruntime.Options(provider="tensorrt")) == []
+
+
+def test_graphs_of_large_weights_are_run_without_a_block_for_all_activations(tmp_path):
+    from sdcompile.backends.onnxruntime_settings import settings_of
+
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    assert settings_of(tmp_path / "model.onnx", "ORT_ENABLE_ALL", None).enable_mem_pattern
+    with (tmp_path / "model.onnx.data").open("wb") as file:
+        file.truncate(500_000_000)
+    assert not settings_of(tmp_path / "model.onnx", "ORT_ENABLE_ALL", None).enable_mem_pattern
+
+
+def test_sessions_are_set_up_as_the_recipe_and_the_host_say(tmp_path):
+    import onnxruntime as ort
+
+    from sdcompile.backends.onnxruntime_settings import settings_of
+
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    settings = settings_of(tmp_path / "model.onnx", "ORT_ENABLE_BASIC", 3, profile_to=tmp_path / "p")
+    assert settings.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    assert settings.intra_op_num_threads == 3
+    assert (settings.enable_profiling, settings.profile_file_prefix) == (True, str(tmp_path / "p"))
+    assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
