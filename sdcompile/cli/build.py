@@ -25,8 +25,8 @@ from sdcompile.errors import RecipeError, VerifyError
 from sdcompile.spec import Stage
 
 
-def _stage_command(name: str, stage: Stage, short: str, summary: str) -> None:
-    """Register the command that makes everything up to `stage`."""
+def _stage_command(name: str, stage: Stage, short: str, summary: str, example: str = "tiny-openvino-bf16") -> None:
+    """Register the command that makes everything up to `stage`; `example` is a recipe that has such a stage."""
 
     def command(
         recipe: RecipePath,
@@ -40,19 +40,26 @@ def _stage_command(name: str, stage: Stage, short: str, summary: str) -> None:
     ) -> None:
         _build(recipe, stage, output, store, tuple(set_ or ()), only, offline, force, json)
 
-    command.__doc__ = f"{summary}\n\nExample: `sdcompile {name} recipes/tiny-openvino-bf16.yaml`"
+    command.__doc__ = f"{summary}\n\nExample: `sdcompile {name} recipes/{example}.yaml`"
     app.command(name, short_help=short, rich_help_panel="Build")(reported(command))
 
 
 _stage_command(
     "build", "package", "Recipe -> verified bundle.", "Build a recipe into a verified bundle, OUTPUT/NAME.sdc."
 )
-_stage_command("prune", "prune", "Only up to the pruned checkpoints.", "Make everything up to the pruned checkpoints.")
+_stage_command(
+    "prune", "prune", "Only up to the pruned checkpoints.", "Make everything up to the pruned checkpoints.",
+    "tiny-openvino-heads25",
+)  # fmt: skip
 _stage_command("export", "export", "Only up to the ONNX files.", "Make everything up to the ONNX files.")
 _stage_command(
-    "calibrate", "calibrate", "Only the samples that passes are fitted to.", "Record the samples that passes want."
-)
-_stage_command("quantize", "quantize", "Only up to the last pass.", "Make everything up to what the last pass writes.")
+    "calibrate", "calibrate", "Only the samples that passes are fitted to.", "Record the samples that passes want.",
+    "tiny-openvino-int8",
+)  # fmt: skip
+_stage_command(
+    "quantize", "quantize", "Only up to the last pass.", "Make everything up to what the last pass writes.",
+    "tiny-openvino-int8",
+)  # fmt: skip
 _stage_command("compile", "compile", "Only up to the engines.", "Make everything up to the engines.")
 _stage_command("package", "package", "The same as build.", "The same as build: verify is never skipped on the way.")
 
