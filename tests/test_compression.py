@@ -514,6 +514,15 @@ def test_a_denoiser_that_loses_leaves_its_widths_to_their_own_race(turned):
     assert "unet_w75.quantize.nncf_int8" in [s.name for s in plans[1]]
 
 
+def test_a_denoiser_that_loses_leaves_its_shallow_stand_in_to_its_own_race(turned, source):
+    source.configs["unet"] |= UNET
+    cache = "components.unet.step_cache={every: 3}"
+    work, plans, _ = turned([LOST, WON], MUST_WIN_INT8, cache)
+    assert work.recipe.effective("unet").precision == "bf16"
+    assert work.recipe.effective("unet_cached").precision == "int8"
+    assert "unet_cached.compile.race" in [s.name for s in plans[1]]
+
+
 MUST_WIN = "components.unet.prune={channels: {ratio: 0.3}, accept_if: {speedup: 1.2}}"
 
 

@@ -168,9 +168,8 @@ def refuses(params: Params, modules: Mapping[str, str]) -> list[str]:
     groups = {qdq.group_of(path) for path in paths}
     for number, name in enumerate(params.float_groups):
         if name not in groups:
-            faults.append(
-                f"float_groups.{number}: {name!r} is no group of layers; they are {', '.join(sorted(groups))}"
-            )
+            some = ", ".join(sorted(groups)[:3])
+            faults.append(f"float_groups.{number}: {name!r} is no group of layers; they are named as {some}, ...")
     if params.ignore and patterns.named(paths, params.ignore) == set(paths):
         faults.append("ignore: this leaves no layer to quantize; build the component in another precision")
     return faults
@@ -194,10 +193,9 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     original = qdq.load(source)
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear", "MatMulInteger") for node in original.graph):
         raise StageError(f"{job.component}: the graph is quantized already", "name the original weights as source")
-    ignored = qdq.matching(qdq.targets(original.graph), params.ignore, loose=job.params.get("inherited", False))
-    ignored |= {
-        str(n.name) for n in qdq.targets(original.graph) if qdq.group_of(qdq.module_of(n)) in params.float_groups
-    }
+    layers = qdq.targets(original.graph)
+    ignored = qdq.matching(layers, params.ignore, loose=job.params.get("inherited", False))
+    ignored |= {str(node.name) for node in layers if qdq.group_of(qdq.module_of(node)) in params.float_groups}
     if not params.vectors:
         # The exporter writes Gemm for linear layers on (rows, width) alone. On the tiny model, quantizing the time
         # embedding was most of the noise (SNR 12.3 dB in verification; 21.5 dB without these layers).
