@@ -276,9 +276,9 @@ def _corrected_again(
 
 def _insert_pairs(inputs: Mapping[str, Path], target: Path, job: Job, params: Params, ignored: Collection[str]) -> None:
     """Write the graph with a pair on every input that runs in int8, weights still in float, beside its data."""
-    import onnx
+    import onnx_ir as ir
 
-    from sdcompile.passes import weights
+    from sdcompile.passes import casting, weights
     from sdcompile.samples import Samples
 
     source = inputs["onnx"] / "model.onnx"
@@ -295,13 +295,9 @@ def _insert_pairs(inputs: Mapping[str, Path], target: Path, job: Job, params: Pa
             "raise `calibrate: {images: ..., max_samples: ...}`",
         )
     with _unshared(source, target.parent) as readable:
-        model = _quantized(readable, fit, job, params, ignored)
-    for old in (target, target.with_name("model.onnx.data")):
-        old.unlink(missing_ok=True)
-    onnx.save(
-        model, target, save_as_external_data=True, all_tensors_to_one_file=True, location="model.onnx.data",
-        size_threshold=1024,
-    )  # fmt: skip
+        model = ir.from_proto(_quantized(readable, fit, job, params, ignored))
+        casting.map_weights(model, readable.parent)
+        ir.save(model, target, external_data="model.onnx.data")
 
 
 @contextmanager
@@ -321,7 +317,7 @@ def _unshared(source: Path, scratch: Path) -> Iterator[Path]:
 def _quantized(source: Path, fit: Samples, job: Job, params: Params, ignored: Collection[str]) -> onnx.ModelProto:
     import onnx
 
-    with nncf_manners.quiet(), nncf_manners.lean_sessions():
+    with nncf_manners.quiet(), nncf_manners.lean():
         import nncf
         from nncf.onnx.quantization.backend_parameters import BackendParameters
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters

@@ -18,7 +18,7 @@ import numpy as np
 
 from sdcompile import metrics
 from sdcompile.errors import StageError
-from sdcompile.passes import calculator, qdq
+from sdcompile.passes import calculator, casting, qdq
 from sdcompile.samples import Samples
 from sdcompile.spec import Say
 
@@ -83,7 +83,9 @@ def judge(samples: Samples, count: int, graph: Path, source: Path) -> Judge:
 
 
 def _rounded(graph: Path) -> dict[str, ir.ExternalTensor]:
-    return qdq.rounded_weights(qdq.load(graph), graph.parent, "rounded.data")
+    model = qdq.load(graph)
+    casting.map_weights(model, graph.parent)
+    return qdq.rounded_weights(model, graph.parent, "rounded.data")
 
 
 def answers(path: Path, samples: Samples, names: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:

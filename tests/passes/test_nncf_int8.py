@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -368,19 +369,49 @@ def test_a_pattern_that_matches_nothing_is_an_error(form, recorded, tmp_path):
 def test_fitting_runs_without_an_arena_and_leaves_nncf_as_it_was(form, recorded, tmp_path, monkeypatch):
     import onnxruntime as ort
     from nncf.onnx import engine
+    from nncf.onnx.quantization import quantize_model
+    from nncf.onnx.statistics.aggregator import ONNXStatisticsAggregator
 
-    opened, plain = [], ort.InferenceSession
+    opened, plain, collect = [], ort.InferenceSession, ONNXStatisticsAggregator.collect_statistics
+    load = quantize_model.load_external_data_for_model
 
     def session(model, options, **rest):
-        opened.append(options)
-        return plain(model, options, **rest)
+        opened.append((options, plain(model, options, **rest)))
+        return opened[-1][1]
 
     monkeypatch.setattr(ort, "InferenceSession", session)
     quantize(form, recorded, tmp_path / "out")
-    options = next(options for options in opened if not options.enable_cpu_mem_arena)
+    options, fitting = next(pair for pair in opened if not pair[0].enable_cpu_mem_arena)
     assert not options.enable_mem_pattern
+    assert options.get_session_config_entry("session.disable_prepacking") == "1"
     assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # What it measures are activations: a weight among a graph's outputs is copied at every sample.
+    assert {output.name for output in fitting.get_outputs()} == {"sample", "a0", "a1", "a2", "out_sample"}
     assert engine.rt is ort
+    assert ONNXStatisticsAggregator.collect_statistics is collect
+    assert quantize_model.load_external_data_for_model is load
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"symmetric": True}, {"bias_correction": "fast"}, {"smooth_quant": True}], ids=str
+)
+def test_weights_measured_from_their_file_have_the_ranges_nncf_gives_them(
+    form, recorded, tmp_path, monkeypatch, params
+):
+    quantize(form, recorded, tmp_path / "lean", **params)
+
+    @contextmanager
+    def as_they_come():
+        from nncf.onnx.quantization import quantize_model
+
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize_model, "load_external_data_for_model", lambda model, folder: None)
+            yield
+
+    monkeypatch.setattr(nncf_int8.nncf_manners, "lean", as_they_come)
+    quantize(form, recorded, tmp_path / "plain", **params)
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "lean" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 def test_a_stand_in_takes_what_it_inherits_and_has_no_module_for(form, recorded, tmp_path):
