@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompile import isolated, machine
+from sdcompile import isolated, machine, sources
 from sdcompile.backends import BACKENDS
-from sdcompile.errors import HostError, RecipeError, SdcompileError, StageError, VerifyError
+from sdcompile.errors import HostError, SdcompileError, StageError, VerifyError
 from sdcompile.families import FAMILIES
 from sdcompile.files import link_tree
 from sdcompile.passes import PASSES
@@ -82,37 +82,7 @@ def prepare(path: Path, sets: tuple[str, ...], store: Store, *, offline: bool) -
 
 def lay_out(recipe: Recipe, base: Path, store: Store, *, offline: bool) -> Build:
     """Describe the source of `recipe`, whose relative paths start at `base`, and plan every step."""
-    from sdcompile.steps import component, fetch
-
-    family = FAMILIES[recipe.family]
-    folders = tuple(dict.fromkeys(family.folder(name, ()) for name in recipe.wanted(family.required)))
-    faults: list[RecipeError] = []
-
-    def described(field: str, describe: Callable[[], Source]) -> Source | None:
-        try:
-            return describe()
-        except RecipeError as error:
-            what = error.message if field == "source" else f"{field}: {error.message}"
-            where = recipe.where(field)
-            faults.append(RecipeError(f"{where}: {what}" if where else what, error.hint))
-            return None
-
-    source = described("source", lambda: fetch.describe(
-        recipe.source, base=base, source_config=recipe.source_config, folders=folders, offline=offline,
-        hash_file=store.hash_file,
-    ))  # fmt: skip
-    parts: dict[str, Source] = {}
-    for name, text in recipe.component_sources.items():
-        field = f"components.{name}.source"
-        part = described(field, partial(
-            component.describe, text, name, base=recipe.base(field), offline=offline, hash_file=store.hash_file,
-        ))  # fmt: skip
-        if part is not None:
-            parts[name] = part
-    if source is None or faults:
-        hints = dict.fromkeys(fault.hint for fault in faults if fault.hint)
-        raise RecipeError("\n".join(fault.message for fault in faults), "\n".join(hints))
-    source = source.with_parts(parts) if parts else source
+    source = sources.describe(recipe, base, offline=offline, hash_file=store.hash_file)
     return Build(recipe, source, store, resolve(recipe, source, this_machine()))
 
 

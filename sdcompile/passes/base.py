@@ -79,8 +79,8 @@ class Pass:
     idle        params -> does it change nothing, as with a ratio of 0?
     exact       does the module compute the same function after it, so that the floors of its precision hold?
     disk        what `run` writes, at most: times the component's fp32 bytes
-    teacher     does it want an input "teacher": the component's checkpoint as it was before any pass?
-    assets      does it want an input "assets": the source's scheduler config, in `scheduler`?
+    wants       further inputs, by role: "teacher", the component's checkpoint as it was before any pass; "assets",
+                the source's scheduler config, in `scheduler`
     section     of a pass of the quantize stage: the mapping in a recipe that its parameters are written in
     opset       the oldest ONNX opset whose operators take what it writes
     """
@@ -96,8 +96,7 @@ class Pass:
     refuses: Callable[[Any, Setting], list[str]] = nothing
     idle: Callable[[Any], bool] = never
     exact: bool = False
-    teacher: bool = False
-    assets: bool = False
+    wants: tuple[str, ...] = ()
     memory: tuple[float, float] = (2.0, 1.0)
     measuring: tuple[float, float] | None = None
     working: Callable[[Any, Setting], float] = no_more

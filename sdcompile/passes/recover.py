@@ -358,8 +358,7 @@ PASS = Pass(
     calibrates=always,
     # Whether the floors hold is said by what it recovers from: by itself it has nothing to learn.
     exact=True,
-    teacher=True,
-    assets=True,
+    wants=("teacher", "assets"),
     # Weights, gradients, two moments, the average and the best so far; the teacher stays mapped.
     memory=(7.0, 2.0),
     working=_working_gib,

@@ -85,6 +85,7 @@ def resolve(
     calibrating = [name for name in some if any(choices[name].calibrates for choices in chosen.values())]
     calibrated = list(dict.fromkeys(map(family.plain, calibrating)))
     samples = calibration(draft, recipe, some, calibrated, specs, shapes, reference, faults)
+    given = {"assets": assets, **({"samples": samples} if samples else {})}
     _refuse(recipe, faults)
 
     ways: dict[str, Way] = {}
@@ -95,8 +96,8 @@ def resolve(
             folder = draft.folder(name)
             made_of = checkpoints[folder] if name != family.shallow else roads[family.denoiser].forms["checkpoint"]
             roads[name] = _component(
-                draft, name, choice, modules.get(family.plain(name)), specs[name], settings[name], facts, made_of,
-                assets, samples, max(recipe.opset, choice.opset), source.fp32_bytes(folder),
+                draft, name, choice, modules.get(family.plain(name)), specs[name], settings[name], facts,
+                {**given, "teacher": made_of}, max(recipe.opset, choice.opset), source.fp32_bytes(folder),
             )  # fmt: skip
         reports = verification(draft, one, choices, specs, shapes, roads, reference)
         ways[target] = Way(choices, roads, reports)
@@ -163,17 +164,16 @@ def _component(
     spec: ComponentSpec,
     setting: Setting,
     facts: Mapping[str, Any],
-    checkpoint: str,
-    assets: str,
-    samples: str | None,
+    named: Mapping[str, str],
     opset: int,
     size: int,
 ) -> Road:
     """The road of one component from checkpoint to engine, and past a rival where int8 or pruning must win.
 
-    `module` is the spec of what the checkpoint means, `spec` that of the engine.
+    `module` is the spec of what the checkpoint means, `spec` that of the engine. `named` are the steps that passes
+    want by role, the "teacher" among them, which is the checkpoint.
     """
-    family, shapes = choice.params["family"], setting.shapes
+    family, shapes, checkpoint = choice.params["family"], setting.shapes, named["teacher"]
     forms = {"checkpoint": checkpoint}
 
     def walk(forms: dict[str, str], kind: str, choice: Choice, variant: str = "") -> tuple[str, ...]:
@@ -181,12 +181,8 @@ def _component(
         for planned in (p for p in choice.passes if p.record.kind == kind):
             record, inputs = planned.record, {kind: forms[kind]}
             if planned.calibrates:
-                assert samples is not None
-                inputs["samples"] = samples
-            if record.teacher:
-                inputs["teacher"] = checkpoint
-            if record.assets:
-                inputs["assets"] = assets
+                inputs["samples"] = named["samples"]
+            inputs |= {role: named[role] for role in record.wants if role in named}
             params, of, precision = choice.module_params, spec, choice.precision
             if kind == "checkpoint":
                 # fp32 and whole whatever the engine will be, so that all engines share the pruning.
