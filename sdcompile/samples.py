@@ -5,6 +5,7 @@
     images.safetensors               "00.latents" (unit noise), "00.final" (latents), "00.images" (B, H, W, 3);
                                      "00.source_images": what the source's own decoder makes of the same
                                      final latents, where another one is built
+    pictures.safetensors             latents of pictures, and the conditioning of their captions (`write_pictures`)
 
 The record and calibrate steps write it; verification and passes read it. One file a call, so that
 writing and reading hold a single one in memory. It knows files and arrays only.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 INDEX = "samples.json"
 IMAGES = "images"
+PICTURES = "pictures"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,19 @@ def image_arrays(folder: Path, trajectory: str) -> dict[str, NDArray[Any]]:
     with safe_open(folder / f"{IMAGES}.safetensors", framework="np") as file:
         names = {name for name in file.keys() if name.startswith(f"{trajectory}.")}  # noqa: SIM118 - no mapping
         return {name.removeprefix(f"{trajectory}."): file.get_tensor(name) for name in sorted(names)}
+
+
+def write_pictures(folder: Path, latents: NDArray[Any], told: NDArray[Any], conditioning: Arrays) -> None:
+    """latents (N, C, h, w); told (N,): which row of every array of `conditioning`, (captions, ...), is a picture's."""
+    named = {f"told.{name}": array for name, array in conditioning.items()}
+    _save({"latents": latents, "caption": told, **named}, folder / f"{PICTURES}.safetensors")
+
+
+def read_pictures(folder: Path) -> tuple[NDArray[Any], NDArray[Any], dict[str, NDArray[Any]]]:
+    """latents, told and conditioning, as `write_pictures` was given them."""
+    arrays = load_file(folder / f"{PICTURES}.safetensors")
+    conditioning = {name.removeprefix("told."): a for name, a in arrays.items() if name.startswith("told.")}
+    return arrays["latents"], arrays["caption"], conditioning
 
 
 def _save(arrays: Arrays, path: Path) -> None:

@@ -6,18 +6,19 @@ Each place is described by the step that will read it; here their faults are gat
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from sdcompile.errors import RecipeError
 from sdcompile.families import FAMILIES
 from sdcompile.recipe import Recipe
-from sdcompile.steps import component, fetch
+from sdcompile.steps import component, fetch, pictures
 from sdcompile.steps.layout import HashFile, Source
 
 
 def describe(recipe: Recipe, base: Path, *, offline: bool, hash_file: HashFile) -> Source:
-    """The model, whose relative path starts at `base`, and components' own sources; no weights are read.
+    """The model, whose relative path starts at `base`, components' own sources and pictures; no weights are read.
 
     Raises RecipeError with the faults of all of them, HostError when the hub cannot be reached or asked.
     """
@@ -46,7 +47,11 @@ def describe(recipe: Recipe, base: Path, *, offline: bool, hash_file: HashFile) 
         ))  # fmt: skip
         if part is not None:
             parts[name] = part
+    shown = recipe.calibrate.pictures
+    photos = None if shown is None else described("calibrate.pictures", lambda: pictures.describe(
+        recipe.path(shown, "calibrate.pictures"), shown, hash_file,
+    ))  # fmt: skip
     if source is None or faults:
         hints = dict.fromkeys(fault.hint for fault in faults if fault.hint)
         raise RecipeError("\n".join(fault.message for fault in faults), "\n".join(hints))
-    return source.with_parts(parts) if parts else source
+    return replace(source.with_parts(parts) if parts else source, pictures=photos)

@@ -48,6 +48,7 @@ class FakeSource:
     weights: str = "w"
     parts: dict[str, Any] = field(default_factory=dict)
     edits: dict[str, Any] = field(default_factory=dict)
+    pictures: Any = None
 
     def kind_of(self, folder: str) -> str:
         return self.parts[folder].kind if folder in self.parts else self.kind
@@ -57,6 +58,8 @@ class FakeSource:
         return {path: f for folder in self.configs for path, f in self.folder_files(folder).items()}
 
     def folder_files(self, folder: str) -> dict[str, FakeFile]:
+        if folder == "pictures":
+            return dict(self.pictures)
         return {
             f"{folder}/config.json": FakeFile("c", 1000),
             f"{folder}/model.safetensors": FakeFile(self.weights, 3 << 30),

@@ -39,15 +39,18 @@ class Params(BaseModel):
     budget: Budget | None = None
 
 
+_WANTED = {False: ("teacher", "assets", "pictures"), True: ("teacher",)}
+
+
 def nothing(inputs: object, out: object, job: object) -> None:
     raise AssertionError("a plan runs nothing")
 
 
 @pytest.fixture(autouse=True)
 def passes(monkeypatch):
-    """Two passes of the prune stage; the second wants a teacher, the first wants samples when told so."""
+    """Two passes of the prune stage; the second wants a teacher and pictures, the first wants samples when told so."""
     shorten = Pass("shorten", "prune", "checkpoint", 1, Params, nothing, calibrates=lambda p: p.taylor)
-    heal = Pass("heal", "prune", "checkpoint", 1, Params, nothing, calibrates=always, teacher=True, assets=True)
+    heal = Pass("heal", "prune", "checkpoint", 1, Params, nothing, calibrates=always, wants=lambda p: _WANTED[p.taylor])
     monkeypatch.setitem(PASSES, "shorten", shorten)
     monkeypatch.setitem(PASSES, "heal", heal)
 
@@ -220,6 +223,34 @@ def test_prompts_may_come_from_a_file_beside_the_recipe(plan, tmp_path):
     assert line.endswith("mine.txt holds no prompt")
     with pytest.raises(RecipeError, match=r"recipe\.yaml:11: calibrate\.prompts_file: cannot read"):
         plan(TAYLOR + "calibrate: {prompts_file: none.txt}")
+
+
+def test_pictures_are_encoded_for_the_passes_that_want_them(plan, source):
+    from tests.conftest import FakeFile
+
+    healed = PRUNED + "      heal: {}\n" + "calibrate: {pictures: photos}\n"
+    without = plan(healed)
+    assert not [step for step in without if "pictures" in step.name]
+    object.__setattr__(source, "pictures", {"a.png": FakeFile("1" * 64, 1000), "a.txt": FakeFile("2" * 64, 10)})
+    steps = plan(healed)
+    step, there = steps["pipeline.calibrate.pictures"], steps["pictures.fetch.assets"]
+    assert steps["unet.prune.heal"].inputs["pictures"] == step.name
+    assert step.inputs["pictures"] == there.name
+    assert step.inputs["vae"] == "vae.fetch.checkpoint"
+    assert there.job.params["files"] == {"a.png": "1" * 64, "a.txt": "2" * 64}
+    assert step.job.params["components"] == {"text_encoder": {}, "vae_encoder": {}}
+    assert steps["pipeline.calibrate.calibrate"].key == without["pipeline.calibrate.calibrate"].key
+    source.pictures["a.txt"] = FakeFile("3" * 64, 10)
+    assert plan(healed)["unet.prune.heal"].key != steps["unet.prune.heal"].key, "another caption is another lesson"
+
+
+@pytest.mark.parametrize("prune", ["shorten: {}", "heal: {taylor: true}"])
+def test_pictures_that_nothing_learns_on_are_refused(plan, source, prune):
+    from tests.conftest import FakeFile
+
+    object.__setattr__(source, "pictures", {"a.png": FakeFile("1" * 64, 1000)})
+    (line,) = faults(plan, BASE + f"components: {{unet: {{prune: {{{prune}}}}}}}\ncalibrate: {{pictures: photos}}\n")
+    assert line.startswith("recipe.yaml:8: calibrate.pictures: nothing in this recipe learns on pictures")
 
 
 def test_verification_and_calibration_share_neither_prompts_nor_seeds(plan):

@@ -45,6 +45,10 @@ def nothing(params: Any, setting: Setting) -> list[str]:
     return []
 
 
+def nothing_more(params: BaseModel) -> tuple[str, ...]:
+    return ()
+
+
 def no_more(params: Any, setting: Setting) -> float:
     return 0.0
 
@@ -79,8 +83,9 @@ class Pass:
     idle        params -> does it change nothing, as with a ratio of 0?
     exact       does the module compute the same function after it, so that the floors of its precision hold?
     disk        what `run` writes, at most: times the component's fp32 bytes
-    wants       further inputs, by role: "teacher", the component's checkpoint as it was before any pass; "assets",
-                the source's scheduler config, in `scheduler`
+    wants       params -> further inputs, by role: "teacher", the component's checkpoint as it was before any pass;
+                "assets", the source's scheduler config, in `scheduler`; "pictures", where the recipe names some,
+                their latents (`samples.read_pictures`)
     section     of a pass of the quantize stage: the mapping in a recipe that its parameters are written in
     opset       the oldest ONNX opset whose operators take what it writes
     """
@@ -96,7 +101,7 @@ class Pass:
     refuses: Callable[[Any, Setting], list[str]] = nothing
     idle: Callable[[Any], bool] = never
     exact: bool = False
-    wants: tuple[str, ...] = ()
+    wants: Callable[[Any], tuple[str, ...]] = nothing_more
     memory: tuple[float, float] = (2.0, 1.0)
     measuring: tuple[float, float] | None = None
     working: Callable[[Any, Setting], float] = no_more

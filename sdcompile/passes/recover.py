@@ -2,9 +2,10 @@
 
 The student learns the teacher's output and what each of its blocks hands on (as BK-SDM, Kim et al. 2023,
 arXiv:2305.15798). The teacher answers on the fly, and is asked about more than was recorded: half of the rows get the
-conditioning of another row, half get new noise at another timestep (`renoising`). No images are needed. The same
-inputs and steps give the same weights on one machine with as many threads; a limit in minutes would not,
-which is why there is none. A recovery that was interrupted goes on from what it saved last, to the same weights.
+conditioning of another row, half get new noise at another timestep, or become pictures where the recipe names
+some (`renoising`). No images are needed. The same inputs and steps give the same weights on one machine with as many
+threads; a limit in minutes would not, which is why there is none. A recovery that was interrupted goes on from what it
+saved last, to the same weights.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Params(BaseModel):
     renoise: float = Field(
         default=0.5, ge=0, le=1,
         description="Share of the rows that get new noise, at a timestep that is as noisy or noisier: inputs that were "
-        "never recorded. Each such row costs one more answer of the unpruned model.",
+        "never recorded. Each such row costs one more answer of the unpruned model. With `calibrate: {pictures: ...}` "
+        "the rows become pictures instead, with their captions and noise of any timestep.",
     )  # fmt: skip
     ema: float = Field(default=0.99, ge=0, lt=1, description="Decay of the averaged weights, which are what is kept.")
     patience: int = Field(
@@ -100,8 +102,11 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     student = pruning.open_subject(inputs["checkpoint"], job)
     teacher = pruning.open_subject(inputs["teacher"], job)
     pairs = pruning.pairs_of(Samples(inputs["samples"], job.component, held_out=False), job)
+    assert job.spec is not None
     schedule = renoising.schedule_of(inputs["assets"]) if params.renoise else None
-    exams = distil(student, teacher, pairs, params, "recover", job.say, job.state, schedule)
+    names = [tensor.name for tensor in job.spec.inputs]
+    pictures = renoising.pictures_of(inputs["pictures"], names) if "pictures" in inputs else None
+    exams = distil(student, teacher, pairs, params, "recover", job.say, job.state, schedule, pictures)
     pruning.finish(inputs, out, job, student, [], steps=exams)
 
 
@@ -151,13 +156,13 @@ def distil(
     say: Say,
     state: Path | None = None,
     schedule: renoising.Schedule | None = None,
+    pictures: renoising.Pictures | None = None,
 ) -> list[dict[str, float]]:
     """Train `student` in place; returns its exams: step and SNR in dB on the rows kept aside.
 
     What is kept are the averaged weights of the best exam, or the weights as they came when none was better. Rows are
-    noised again where the `schedule` is known. What is needed to go on is saved in the folder `state`, where one is
-    given, and taken from there.
-    Raises StageError when the loss is no longer finite.
+    noised again, or become `pictures` with noise, where the `schedule` is known. What is needed to go on is saved in
+    the folder `state`, where one is given, and taken from there. Raises StageError when the loss is no longer finite.
     """
 
     trained = _trained(student.model, params.layers, field)
@@ -173,7 +178,9 @@ def distil(
     saved, took = start, 0.0
     while now.step < params.steps and now.since < params.patience:
         call = next(draws)
-        if schedule is not None:
+        if schedule is not None and pictures is not None and pictures.fit(call):
+            call = renoising.shown(call, params.renoise, schedule, pictures, now.random)
+        elif schedule is not None:
             call = renoising.renoised(call, params.renoise, schedule, partial(_answers, teacher), now.random)
         _learn(now, student, teacher, call, params, field)
         if not now.step % max(1, params.steps // _EXAMS) or now.step == params.steps:
@@ -346,6 +353,10 @@ def _working_gib(params: Params, setting: Setting) -> float:
     return pruning.gradients_gib(setting, params.rows, POSITIONS)
 
 
+def _wants(params: Params) -> tuple[str, ...]:
+    return ("teacher", "assets", "pictures") if params.renoise else ("teacher",)
+
+
 PASS = Pass(
     name="recover",
     stage="prune",
@@ -358,7 +369,7 @@ PASS = Pass(
     calibrates=always,
     # Whether the floors hold is said by what it recovers from: by itself it has nothing to learn.
     exact=True,
-    wants=("teacher", "assets"),
+    wants=_wants,
     # Weights, gradients, two moments, the average and the best so far; the teacher stays mapped.
     memory=(7.0, 2.0),
     working=_working_gib,

@@ -1,4 +1,4 @@
-"""Denoiser inputs made on the fly: what the teacher takes a row's picture for, noised again.
+"""Denoiser inputs made on the fly: what the teacher takes a row's picture for, or a picture of one's own, noised.
 
 x = sqrt(a_t) x0 + sqrt(1 - a_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4), a_t being the model's cumulated
 alphas. One answer of the teacher gives x0; with new noise, at a timestep that is as noisy or noisier, it is an
@@ -8,18 +8,37 @@ input on the way to another picture, and the teacher's answer to that is another
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdcompile.errors import StageError
+from sdcompile.samples import read_pictures
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     Call = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Latents (N, C, h, w) without noise; of each, which row of every conditioning (captions, ...) is its own.
+
+    told: place of a conditioning among the columns of a call -> its rows
+    """
+
+    latents: Tensor
+    caption: Tensor
+    told: Mapping[int, Tensor]
+
+    def fit(self, call: Call) -> bool:
+        """Are these pictures of the sizes of the call's rows?"""
+        return self.latents.shape[1:] == call[0].shape[1:] and all(
+            rows.shape[1:] == call[place].shape[1:] for place, rows in self.told.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,32 @@ def schedule_of(assets: Path) -> Schedule:
             "leave it to recorded rows: `recover: {renoise: 0}`",
         )
     return Schedule(scheduler.alphas_cumprod, kind)
+
+
+def pictures_of(folder: Path, names: Sequence[str]) -> Pictures:
+    """The pictures in `folder` (see `samples.read_pictures`); `names` are those of a call's columns."""
+    import torch
+
+    latents, caption, conditioning = read_pictures(folder)
+    told = {names.index(name): torch.from_numpy(rows) for name, rows in conditioning.items()}
+    return Pictures(torch.from_numpy(latents), torch.from_numpy(caption), told)
+
+
+def shown(call: Call, share: float, schedule: Schedule, pictures: Pictures, random: torch.Generator) -> Call:
+    """The call with so many of its rows made `pictures`, drawn with their captions, with noise of any timestep."""
+    import torch
+
+    latents, timesteps, *told = (column.clone() for column in call)
+    rows = (torch.rand(len(latents), generator=random) < share).nonzero()[:, 0]
+    which = torch.randint(len(pictures.latents), (len(rows),), generator=random)
+    then = torch.randint(len(schedule.alphas), (len(rows),), generator=random)
+    alphas = schedule.at(then)
+    noise = torch.randn((len(rows), *latents.shape[1:]), generator=random)
+    latents[rows] = alphas.sqrt() * pictures.latents[which] + (1 - alphas).sqrt() * noise
+    timesteps[rows] = then.to(timesteps.dtype)
+    for place, known in pictures.told.items():
+        told[place - 2][rows] = known[pictures.caption[which]]
+    return (latents, timesteps, *told)
 
 
 def renoised(

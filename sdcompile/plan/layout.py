@@ -21,7 +21,7 @@ from sdcompile.plan.packaging import Way, package
 from sdcompile.plan.passing import faults_of_passes
 from sdcompile.plan.sampling import fitting, samplers
 from sdcompile.plan.steps import SOURCE, Machine, Plan
-from sdcompile.plan.verification import calibration, verification
+from sdcompile.plan.verification import calibration, pictures, verification
 from sdcompile.recipe import Recipe
 from sdcompile.spec import PIPELINE, ComponentSpec, Precision, Shapes
 
@@ -86,6 +86,8 @@ def resolve(
     calibrated = list(dict.fromkeys(map(family.plain, calibrating)))
     samples = calibration(draft, recipe, some, calibrated, specs, shapes, reference, faults)
     given = {"assets": assets, **({"samples": samples} if samples else {})}
+    if (encoded := pictures(draft, recipe, chosen, shapes, reference, faults)) is not None:
+        given["pictures"] = encoded
     _refuse(recipe, faults)
 
     ways: dict[str, Way] = {}
@@ -182,7 +184,7 @@ def _component(
             record, inputs = planned.record, {kind: forms[kind]}
             if planned.calibrates:
                 inputs["samples"] = named["samples"]
-            inputs |= {role: named[role] for role in record.wants if role in named}
+            inputs |= {role: named[role] for role in planned.wants if role in named}
             params, of, precision = choice.module_params, spec, choice.precision
             if kind == "checkpoint":
                 # fp32 and whole whatever the engine will be, so that all engines share the pruning.

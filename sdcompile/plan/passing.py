@@ -24,6 +24,10 @@ class Planned(NamedTuple):
         return self.record.calibrates(self.record.params.model_validate(self.params))
 
     @property
+    def wants(self) -> tuple[str, ...]:
+        return self.record.wants(self.record.params.model_validate(self.params))
+
+    @property
     def changes(self) -> bool:
         """Does the module compute another function after it than before?"""
         record = self.record

@@ -12,7 +12,9 @@ from sdcompile.models import general_prompts
 from sdcompile.plan import memory, stepcaching, widths
 from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft, Road
+from sdcompile.plan.steps import SOURCE
 from sdcompile.recipe import Recipe
+from sdcompile.samples import PICTURES
 from sdcompile.spec import PIPELINE, ComponentSpec, Shapes
 
 if TYPE_CHECKING:
@@ -74,6 +76,47 @@ def calibration(
         PIPELINE, "calibrate", inputs, params, shapes=shapes,
         memory=_reference_bytes(draft, chosen),
         disk=own.max_samples * sum(_call_bytes(specs[name], shapes) for name in wanted),
+    )  # fmt: skip
+
+
+def pictures(
+    draft: Draft,
+    recipe: Recipe,
+    chosen: Mapping[str, Mapping[str, Choice]],
+    shapes: Shapes,
+    inputs: Mapping[str, str],
+    faults: list[str],
+) -> str | None:
+    """The step that encodes the recipe's pictures for the passes of any target that want them; None without pictures.
+
+    Adds to `faults` that nothing would learn on them.
+    """
+    if draft.source.pictures is None:
+        return None
+    choices = [choice for choices in chosen.values() for choice in choices.values()]
+    if not any(PICTURES in planned.wants for choice in choices for planned in choice.passes):
+        faults.append(
+            "calibrate.pictures: nothing in this recipe learns on pictures; a component with "
+            "`prune: {..., recover: {...}}` does"
+        )
+        return None
+    folder, family = draft.source.folder_files(PICTURES), draft.family
+    size = sum(file.bytes for file in folder.values())
+    there = draft.add(
+        PICTURES, "assets", {SOURCE: SOURCE},
+        {"kind": draft.source.kind_of(PICTURES), "folder": PICTURES, "files": {p: f.sha256 for p, f in folder.items()}},
+        disk=size,
+    )  # fmt: skip
+    some = next(iter(chosen.values()))
+    reference = _reference(draft, recipe, some, shapes, step_cache=False)
+    reference["facts"] = draft.without_parts(reference["facts"])
+    components = {"text_encoder": reference["components"]["text_encoder"], "vae_encoder": {}}
+    latents = math.prod((draft.source.configs["vae"].get("latent_channels", 4), shapes["h"].opt, shapes["w"].opt))
+    return draft.add(
+        PIPELINE, "pictures", {**draft.without_parts(inputs), PICTURES: there},
+        {**reference, "components": components, "num_inference_steps": None}, shapes=shapes,
+        memory=memory.needed(memory.RECORD, max(draft.source.fp32_bytes(family.folder(n, ())) for n in components)),
+        disk=len(folder) * 4 * latents,
     )  # fmt: skip
 
 

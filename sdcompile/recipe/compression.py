@@ -55,6 +55,12 @@ class CalibrateRecipe(Part):
         default=128, description="Calls to keep of each component, spread evenly over trajectories and timesteps."
     )
 
+    pictures: String | None = Field(
+        default=None,
+        description="A folder of pictures (PNG, JPEG, WebP) that `prune: {recover: ...}` learns on besides "
+        "trajectories; NAME.txt beside one is its caption. Relative paths as for `source`.",
+    )
+
     @model_validator(mode="after")
     def _one_list(self) -> CalibrateRecipe:
         if self.prompts is not None and self.prompts_file is not None:

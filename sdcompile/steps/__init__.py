@@ -41,6 +41,7 @@ OPS: dict[str, Op] = {
     "samplers": Op("sdcompile.steps.sampler", "compile", "tables", revision=3, packages=("diffusers",)),
     "fit": Op("sdcompile.steps.fit", "compile", "tables", revision=2, packages=_TORCH),
     "calibrate": Op("sdcompile.steps.calibrate", "calibrate", "samples", revision=3, packages=_TORCH),
+    "pictures": Op("sdcompile.steps.pictures", "calibrate", "samples", packages=(*_TORCH, "pillow")),
     "race": Op("sdcompile.steps.race", "compile", "race", revision=2, host=True),
     "record": Op("sdcompile.steps.record", "verify", "samples", revision=3, packages=_TORCH),
     "engine": Op("sdcompile.steps.verify", "verify", "report", revision=3, host=True),

@@ -23,6 +23,7 @@ CHECKPOINT = "checkpoint.safetensors"
 """What a single-file source is called among a Source's files, whatever the user calls it."""
 
 ASSETS = ("tokenizer", "scheduler")
+PICTURES = "pictures"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 VARIANTS = ("fp16", "bf16")
 
@@ -85,6 +86,7 @@ class Source:
     configs    model_index, scheduler, tokenizer and one per folder, parsed
     notes      warnings for the plan
     parts      component -> its own source, where the recipe names one; it counts as a folder of this source
+    pictures   those that recovery learns on, where the recipe names some; they count as a folder `PICTURES`
     shares     for a single-file source: folder -> bytes of the checkpoint that are this folder's
     parameters folder -> how many weights it has, where the files are on this disk already
     edits      folder -> what had been taken out of a pruned component (see `sdcompile.edits`)
@@ -99,6 +101,7 @@ class Source:
     configs: Mapping[str, dict[str, Any]]
     notes: tuple[str, ...] = ()
     parts: Mapping[str, Source] = field(default_factory=dict)
+    pictures: Source | None = None
     shares: Mapping[str, int] = field(default_factory=dict, repr=False)
     parameters: Mapping[str, int] = field(default_factory=dict, repr=False)
     edits: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
@@ -110,13 +113,17 @@ class Source:
         notes = [note for part in parts.values() for note in part.notes]
         return replace(self, parts=parts, configs={**self.configs, **configs}, notes=(*self.notes, *notes))
 
+    def _owner(self, folder: str) -> Source:
+        """The source whose files are `folder`'s."""
+        return self.pictures if folder == PICTURES and self.pictures else self.parts.get(folder, self)
+
     def kind_of(self, folder: str) -> Origin:
-        return self.parts[folder].kind if folder in self.parts else self.kind
+        return self._owner(folder).kind
 
     def folder_files(self, folder: str) -> Mapping[str, SourceFile]:
         """The files that make up `folder`; a single-file checkpoint counts with its share alone."""
-        if folder in self.parts:
-            return self.parts[folder].files
+        if (owner := self._owner(folder)) is not self:
+            return owner.files
         own = {path: f for path, f in self.files.items() if path.startswith(f"{folder}/")}
         if folder in self.shares:
             own[CHECKPOINT] = SourceFile(self.files[CHECKPOINT].sha256, self.shares[folder])
@@ -141,7 +148,7 @@ class Source:
         """A folder on this disk that holds `folders`, or what one component's own source holds; downloads
         what is missing. Raises HostError when the hub cannot give it.
         """
-        owner = self.parts.get(folders[0], self) if len(folders) == 1 else self
+        owner = self._owner(folders[0]) if len(folders) == 1 else self
         assert owner.place is not None, "this source was made without a place"
         wanted = dict.fromkeys(path for folder in folders for path in self.folder_files(folder))
         return owner.place(tuple(wanted), say)

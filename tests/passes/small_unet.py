@@ -78,17 +78,17 @@ def assets(folder: Path) -> Path:
 
 def run(
     name: str, checkpoint: Path, out: Path, samples: Path, teacher: Path | None = None, state: Path | None = None,
-    say: Say = say_nothing, **params: Any,
+    say: Say = say_nothing, pictures: Path | None = None, **params: Any,
 ) -> dict:  # fmt: skip
     """Run a pass with the inputs a plan would give it; returns its effect."""
     record = PASSES[name]
     full = record.params.model_validate(params)
-    inputs = {"checkpoint": checkpoint, "teacher": teacher or checkpoint}
+    inputs = {"checkpoint": checkpoint}
     if record.calibrates(full):
         inputs["samples"] = samples
     told = {"family": "sd", **full.model_dump(mode="json")}
-    if record.assets:
-        inputs["assets"] = assets(out.parent / "assets")
+    known = {"teacher": teacher or checkpoint, "assets": assets(out.parent / "assets"), "pictures": pictures}
+    inputs |= {role: folder for role in record.wants(full) if (folder := known[role]) is not None}
     job = Job("unet", told, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES, say=say, state=state)
     out.mkdir(parents=True)
     record.run(inputs, out, job)

@@ -393,6 +393,30 @@ def test_rows_beyond_a_bound_are_learned_in_parts(small, samples, crude, tmp_pat
     assert gained[1] == pytest.approx(gained[0], rel=0.3)
 
 
+@pytest.mark.parametrize("renoise", [1.0, 0.0])
+def test_a_recovery_learns_on_pictures_where_there_are_some(small, samples, crude, tmp_path, monkeypatch, renoise):
+    from sdcompile.passes import lessons
+    from sdcompile.samples import write_pictures
+
+    draw = np.random.default_rng(3)
+    latents, told = (draw.standard_normal(size).astype(np.float32) for size in ((5, 4, 8, 8), (2, 5, 24)))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    write_pictures(folder, latents, np.array([0, 1, 1, 0, 1]), {"encoder_hidden_states": told})
+    calls, plain = [], lessons.loss
+
+    def loss(student, teacher, call, features):
+        calls.append([column.clone() for column in call])
+        return plain(student, teacher, call, features)
+
+    monkeypatch.setattr(lessons, "loss", loss)
+    options = {**RECOVERY, "renoise": renoise, "mix": 0.0}
+    run("recover", crude, tmp_path / "out", samples, small, pictures=folder, **options)
+    rows = [row.numpy() for call in calls for row in call[2]]
+    shown = [any(np.array_equal(row, caption) for caption in told) for row in rows]
+    assert shown == [renoise > 0] * 24, "all rows, or none, are pictures with their captions"
+
+
 def test_what_is_recorded_is_held_once(small, samples):
     import torch
 

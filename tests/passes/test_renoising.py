@@ -89,6 +89,39 @@ def test_chosen_rows_are_the_same_pictures_with_new_noise_at_noisier_timesteps(t
     assert torch.equal(latents, noised(known, pictures, timesteps, noise)), "what was recorded is not written to"
 
 
+def test_rows_become_pictures_with_their_captions_at_any_timestep(tmp_path):
+    known, random, count = schedule(tmp_path), torch.Generator().manual_seed(2), 200
+    call = (torch.zeros(count, 4, 8, 8), torch.full((count,), 10.0), torch.zeros(count, 1, 1), torch.ones(count, 3))
+    latents = 100 * torch.arange(1.0, 4).view(3, 1, 1, 1).expand(3, 4, 8, 8)
+    mine = renoising.Pictures(latents, torch.tensor([0, 1, 1]), {2: torch.tensor([5.0, 6.0]).view(2, 1, 1)})
+    assert mine.fit(call)
+    new, then, told, other = renoising.shown(call, 0.5, known, mine, random)
+    rows = (told.flatten() > 0).nonzero()[:, 0]
+    assert 70 <= len(rows) <= 130
+    assert then[rows].min() < 100
+    assert then[rows].max() > 900
+    alphas = known.at(then[rows])
+    # Of pictures this bright the noise, of variance 1, is told off by the mean of 256 values of it.
+    which = (new[rows].mean((1, 2, 3)) / alphas.flatten().sqrt() / 100).round().long() - 1
+    noise = (new[rows] - alphas.sqrt() * latents[which]) / (1 - alphas).sqrt()
+    early = then[rows] < 600
+    assert noise[early].std() == pytest.approx(1, abs=0.05)
+    assert set(which[early].tolist()) == {0, 1, 2}
+    assert torch.equal(told[rows].flatten()[early], torch.tensor([5.0, 6.0, 6.0])[which[early]])
+    assert torch.equal(other, call[3]), "what pictures say nothing of stays the row's own"
+    rest = (told.flatten() == 0).nonzero()[:, 0]
+    assert torch.equal(new[rest], call[0][rest])
+    assert torch.equal(then[rest], call[1][rest])
+    assert not call[0].any(), "what was recorded is not written to"
+
+
+def test_pictures_of_another_size_fit_no_call():
+    mine = renoising.Pictures(torch.zeros(1, 4, 8, 8), torch.zeros(1).long(), {2: torch.zeros(1, 77, 3)})
+    assert mine.fit((torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, 77, 3)))
+    assert not mine.fit((torch.zeros(2, 4, 8, 16), torch.zeros(2), torch.zeros(2, 77, 3)))
+    assert not mine.fit((torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, 154, 3)))
+
+
 def test_nothing_is_done_where_nothing_is_asked_or_more_is_fed_than_answered(tmp_path):
     known, random = schedule(tmp_path), torch.Generator().manual_seed(0)
     call = (torch.randn(4, 9, 8, 8), torch.full((4,), 10.0), torch.randn(4, 1, 1))
