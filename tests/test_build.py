@@ -155,6 +155,9 @@ def test_pruning_that_does_not_win_is_left_out_and_the_bundle_says_what_was_meas
     shown = own.run("inspect", own.bundle()).stdout
     assert "unet: pruned is " in shown
     assert "times as fast as unpruned by processor time (accept_if wants 1e-09)" in shown
+    measured = own.build(prune % 0)
+    assert "unet.compile.race-unpruned" in made(measured)
+    assert "by processor time (kept whatever it is)" in own.run("inspect", own.bundle()).stdout
     # As manifests were before there was a second race.
     entry["race"] = {"precision": "int8", "rival": "bf16", "speedup": 1.25, "wanted": 1.0, "won": True}
     del entry["races"]

@@ -557,6 +557,13 @@ def test_a_denoiser_that_loses_leaves_its_shallow_stand_in_to_its_own_race(turne
 MUST_WIN = "components.unet.prune={channels: {ratio: 0.3}, accept_if: {speedup: 1.2}}"
 
 
+def test_with_a_speedup_of_0_races_only_measure(plan):
+    text = MUST_WIN.replace("1.2", "0")
+    steps = plan(INT8, text, "components.unet.quantize.accept_if.speedup=0")
+    told = [steps[f"unet.compile.{race}"].job.params for race in ("race", "race-unpruned")]
+    assert [(params["speedup"], params["groups"]) for params in told] == [(0, False)] * 2
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_pruning_that_must_win_is_raced_against_the_source_in_one_precision(plan, precision):
     made = f"components.unet.precision={precision}"
@@ -611,7 +618,7 @@ def test_a_target_that_fell_back_may_become_another_one(turned):
     [
         ("prune: {accept_if: {speedup: 1.1}}", "no pass is named whose engine could be accepted or not"),
         ("prune: {heads: {}, accept_if: {sped: 1}}", "unknown field 'sped', did you mean 'speedup'?"),
-        ("prune: {heads: {}, accept_if: {speedup: 0}}", "must be more than 0"),
+        ("prune: {heads: {}, accept_if: {speedup: -1}}", "must be at least 0"),
         ("quantize: {accept_if: {groups: false}}", "quantize.accept_if: what int8 must bring is not said"),
         ("quantize: {float_groups: [conv_in, attn1]}", "quantize.float_groups.1: 'attn1' is no group of layers"),
         ("prune: {heads: {}, acept_if: {speedup: 1}}", "unknown pass 'acept_if', did you mean 'accept_if'?"),

@@ -26,10 +26,9 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
     yield table
     for name, row in components.items():
         for race in row["races"]:
-            yield (
-                f"{name}: {race['name']} is {race['speedup']:.2f} times as fast as {race['rival']} "
-                f"by processor time (accept_if wants {race['wanted']:g})"
-            )
+            wanted = f"accept_if wants {race['wanted']:g}" if race["wanted"] else "kept whatever it is"
+            told = f"{race['name']} is {race['speedup']:.2f} times as fast as {race['rival']} by processor time"
+            yield f"{name}: {told} ({wanted})"
 
 
 def _work(effect: Facts) -> str:

@@ -132,6 +132,8 @@ def _figures(reports: Mapping[str, Facts]) -> Table:
         worst, floor = report.get("worst") or {}, report.get("floor") or {}
         if worst.get("psnr_db") is not None:
             figures, floors = f"PSNR {worst['psnr_db']:.1f} dB", f"{floor.get('min_psnr_db', 0):g} dB"
+            if score := report.get("alignment"):
+                figures += f", alignment {score['built']:.3f} (source {score['source']:.3f})"
         elif worst.get("snr_db") is not None:
             figures = f"SNR {worst['snr_db']:.1f} dB, cosine {worst.get('cosine', 0):.6f}"
             floors = f"{floor.get('min_snr_db', 0):g} dB, {floor.get('min_cosine', 0):g}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdcompile.bundle import Manifest
 from sdcompile.errors import RecipeError
-from sdcompile.models import general_prompts, tiny
+from sdcompile.models import TINY, general_prompts, tiny
 
 
 def prompts_for(manifest: Manifest, count: int, seed: int) -> list[str]:
@@ -38,4 +38,4 @@ def prompts_from(path: Path | None) -> list[str]:
 
 def is_tiny(manifest: Manifest) -> bool:
     """Can the tiny model's checker read this bundle's pictures?"""
-    return bool(manifest.source["id"] == "builtin:tiny")
+    return bool(manifest.source["id"] == TINY)

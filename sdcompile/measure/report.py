@@ -188,6 +188,11 @@ def _verification(verify: Data) -> Iterator[str]:
             series[name], floors[name] = timed, floor
     columns = ("", "backend", "precision", "worst dB", "floor dB", "samples", "")
     yield html.table(Table("", columns, tuple(rows)))
+    if score := reports.get("pipeline", {}).get("alignment"):
+        yield html.paragraph(
+            f"Prompt alignment of the {score['images']} verification pictures of the usual size: {score['built']:.3f}, "
+            f"of the reference's {score['source']:.3f} (`sdcompile eval` scores many)."
+        )
     if own := reports.get("pipeline", {}).get("own_decoder"):
         yield html.paragraph(
             "Pictures of this bundle's decoder to those of the model's own decoder, from the same latents: "

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+TINY = "builtin:tiny"
+"""The source whose pictures a checker can score against their prompts."""
+
 
 def general_prompts() -> tuple[str, ...]:
     """More than 128 varied prompts, for calibrating models that draw anything."""

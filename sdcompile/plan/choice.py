@@ -136,4 +136,6 @@ def choose(recipe: Recipe, family: Family, configs: Mapping[str, Any], name: str
     accept = quantize.accept_if.model_dump() if quantize.accept_if else None
     if accept is not None and accept["speedup"] is None:
         faults.append(f"{place_of_quantize(recipe, name)}.accept_if: what int8 must bring is not said: speedup: 1.05")
+    elif accept is not None and accept["speedup"] == 0:
+        accept["groups"] = False  # whatever it is, it is kept
     return Choice(backend, precision, {**params, "rest": rest}, tuple(passes), rest, accept, of_pruned, accept_pruned)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdcompile import metrics
 from sdcompile.backends import STAND_IN
-from sdcompile.models import general_prompts
+from sdcompile.models import TINY, general_prompts
 from sdcompile.plan import memory, stepcaching, widths
 from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft, Road
@@ -25,7 +25,6 @@ VERIFY_PROMPTS = (
     "a watercolour portrait of a woman in a green coat, soft light, plain background",
     "isometric drawing of a small city with trams, trees and red roofs, high detail",
 )
-_TINY = "builtin:tiny"
 _BYTES = {"float32": 4, "int32": 4, "int64": 8}
 
 
@@ -182,6 +181,7 @@ def verification(
             "how": {name: _how(draft, choice) for name, choice in full.items()},
             "min_psnr_db": _image_floor_db(recipe, full), **_decoder_floor(recipe, draft.source),
             **({} if step_cache is None else {"step_cache_min_psnr_db": step_cache.min_psnr_db}),
+            **({"scored": True} if draft.source.id == TINY else {}),
         },
         shapes=shapes, memory=largest,
     )  # fmt: skip
@@ -275,11 +275,11 @@ def _decoder_floor(recipe: Recipe, source: Source) -> dict[str, float]:
 def _verify_prompts(recipe: Recipe, source: Source) -> tuple[str, ...]:
     if recipe.verify.prompts:
         return recipe.verify.prompts
-    return _tiny_prompts(3, "held_out") if source.id == _TINY else VERIFY_PROMPTS
+    return _tiny_prompts(3, "held_out") if source.id == TINY else VERIFY_PROMPTS
 
 
 def _calibration_prompts(source: Source) -> tuple[str, ...]:
-    return _tiny_prompts(256, "train") if source.id == _TINY else general_prompts()
+    return _tiny_prompts(256, "train") if source.id == TINY else general_prompts()
 
 
 def _tiny_prompts(count: int, split: str) -> tuple[str, ...]:

@@ -71,10 +71,10 @@ class CalibrateRecipe(Part):
 class AcceptRecipe(Part):
     """What the quantized engine must bring on this machine to be kept."""
 
-    speedup: Annotated[Number, Field(gt=0)] | None = Field(
+    speedup: Annotated[Number, Field(ge=0)] | None = Field(
         default=None,
         description="Least ratio of processor time, unquantized over quantized; below it the component is built "
-        "unquantized (in `rest`) and the bundle says so.",
+        "unquantized (in `rest`) and the bundle says so. 0: the ratio is measured and told, and all is kept.",
     )
     groups: Truth = Field(
         default=True,
@@ -90,9 +90,9 @@ ACCEPT_IF = "accept_if"
 class PruneAcceptRecipe(Part):
     """What the pruned engine must bring on this machine to be kept."""
 
-    speedup: Annotated[Number, Field(gt=0)] = Field(
+    speedup: Annotated[Number, Field(ge=0)] = Field(
         description="Least ratio of processor time, unpruned over pruned, both in the precision of what is not int8; "
-        "below it the component is built unpruned and the bundle says so."
+        "below it the component is built unpruned and the bundle says so. 0: the ratio is measured and told."
     )
 
 

@@ -193,7 +193,7 @@ def _note(params: Mapping[str, Any], name: str, target: str) -> str | None:
 
 def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
     keep = ("passed", "floor", "worst", "by_region", "by_shape", "stand_in", "ranges", "proof", "own_decoder",
-            "step_cache", "sweep")  # fmt: skip
+            "alignment", "step_cache", "sweep")  # fmt: skip
     return {key: report[key] for key in keep if key in report}
 
 

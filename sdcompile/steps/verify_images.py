@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from sdcompile import metrics, samples
 from sdcompile.backends import BACKENDS, STAND_IN, Engine, Host
 from sdcompile.backends.base import read_card
 from sdcompile.families import FAMILIES
+from sdcompile.models import TINY
 from sdcompile.runtime import load
 from sdcompile.runtime.images import pil_from_pixels, pixels_from_decoded
 from sdcompile.runtime.pipeline import Pipeline
@@ -39,8 +41,8 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     inputs: one engine folder per component (and onnx.<component> where something stands in for it),
     samples, tokenizer, tables. job.params: those of `record`, backends {component: name}, how
     {component: {stand_in: {why}}}, min_psnr_db, step_cache_min_psnr_db (absent, or a floor or None),
-    min_decoder_psnr_db (where another decoder is built). When a floor is missed, the worst pair is kept as
-    worst-reference.png and worst-engine.png.
+    min_decoder_psnr_db (where another decoder is built), scored (by the tiny model's checker). When a floor is
+    missed, the worst pair is kept as worst-reference.png and worst-engine.png.
     """
     backends: Mapping[str, str] = job.params["backends"]
     cards = {name: read_card(inputs[name], backend) for name, backend in backends.items()}
@@ -62,6 +64,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
                 pipeline, inputs["samples"], job.params["min_psnr_db"], backends,
                 [card.precision for card in cards.values()], job.params.get("step_cache_min_psnr_db"),
                 keep=out, say=job.say, min_decoder_psnr_db=job.params.get("min_decoder_psnr_db"),
+                scored=job.params.get("scored", False),
             )  # fmt: skip
     if not broken and report["worst"].get("flat") and (report["worst"]["latents_snr_db"] or 0) > 0:
         broken.append("vae_decoder")  # it was given a picture's latents
@@ -105,7 +108,7 @@ def recheck(bundle: Path, manifest: Manifest, recorded: Path) -> dict[str, Any]:
     with load(bundle, memory="low", verify_files=False, target=manifest.target or None) as pipeline:
         return judge(
             pipeline, recorded, floor_db(precisions) if floor is None else floor, backends, precisions, cached,
-            min_decoder_psnr_db=decoder,
+            min_decoder_psnr_db=decoder, scored=manifest.source["id"] == TINY,
         )  # fmt: skip
 
 
@@ -117,17 +120,18 @@ def floor_db(precisions: list[Precision]) -> float:
 def judge(
     pipeline: Pipeline, recorded: Path, min_psnr_db: float, backends: Mapping[str, str], precisions: list[Precision],
     step_cache_min_psnr_db: float | None = None, keep: Path | None = None, say: Say = say_nothing,
-    min_decoder_psnr_db: float | None = None,
+    min_decoder_psnr_db: float | None = None, scored: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The report: PSNR of every recorded image (of a batch, its worst), the worst, and the least by shape.
 
-    Where another decoder is built, `own_decoder` says how far its pictures are from those of the source's own,
-    and whether their mean reaches `min_decoder_psnr_db`.
+    `alignment`, where pictures are `scored`, says how well those of the usual shape fit their prompts, beside the
+    reference's. Where another decoder is built, `own_decoder` says how far its pictures are from those of the source's
+    own, and whether their mean reaches `min_decoder_psnr_db`.
     Images with cached steps are compared with the reference's that have the same ones; "step_cache" tells how far
     they are from the reference's without any, which is what step caching costs.
     """
     planned = [Trajectory.from_json(row) for row in samples.trajectories(recorded)]
-    rows = []
+    rows, fits = [], list[tuple[float, float]]()
     worst: tuple[float, Floats, Floats] | None = None
     dearest: tuple[float, Floats, Floats] | None = None
     for number, trajectory in enumerate(planned):
@@ -135,6 +139,8 @@ def judge(
         reference = samples.image_arrays(recorded, trajectory.id)
         row, images = _row(pipeline, trajectory, reference, min_psnr_db)
         rows.append(row)
+        if scored and images is not None and trajectory.shape == "opt":
+            fits += _alignment(trajectory, reference["images"], images)
         if images is not None and (worst is None or row["psnr_db"] < worst[0]):
             index = row["image"]
             worst = (row["psnr_db"], reference["images"][index], images[index])
@@ -152,6 +158,7 @@ def judge(
     shown = dearest if computed else worst
     return {
         **({"own_decoder": own} if own else {}),
+        **({"alignment": _means(fits)} if fits else {}),
         "component": PIPELINE,
         "backend": ", ".join(dict.fromkeys(backends.values())),
         "precision": min(precisions, key=lambda p: metrics.FLOORS[p].min_snr_db),
@@ -193,6 +200,23 @@ def _cost_of_step_cache(rows: list[dict[str, Any]], min_psnr_db: float | None) -
         "floor": {"min_psnr_db": min_psnr_db},
         "passed": min_psnr_db is None or min(figures) >= min_psnr_db,
     }
+
+
+def _alignment(trajectory: Trajectory, references: Floats, images: Floats) -> list[tuple[float, float]]:
+    """Of each picture whose prompt the tiny model's checker can read: the score of the reference's, and of this one."""
+    from sdcompile.models import tiny
+
+    found = []
+    for prompt, *pair in zip(trajectory.prompts, references, images, strict=True):
+        with suppress(ValueError):
+            source, mine = (tiny.alignment(picture, prompt) for picture in pair)
+            found.append((source, mine))
+    return found
+
+
+def _means(fits: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    source, mine = (round(float(np.mean(scores)), 4) for scores in zip(*fits, strict=True))
+    return {"images": len(fits), "source": source, "built": mine}
 
 
 def _own_decoder(recorded: Sequence[Mapping[str, Floats]], floor_db: float | None) -> dict[str, Any]:

@@ -422,6 +422,23 @@ def test_a_reference_that_gives_nan_is_a_failed_step(inputs, tmp_path):
         writer.add("vae_encoder", {"step": None, "prompt": "a"}, {}, {"latent": np.array([np.nan], "f")})
 
 
+def test_pictures_of_the_usual_size_are_scored_where_a_checker_can_read_them():
+    from types import SimpleNamespace
+
+    from sdcompile.models.tiny import scenes
+    from sdcompile.steps.verify_images import _alignment, _means
+
+    draw = np.random.default_rng(0)
+    scene, other = (scenes.sample_scene(draw) for _ in range(2))
+    pictures = [scenes.draw(one, draw).astype(np.float32) / 255 for one in (scene, other)]
+    told = SimpleNamespace(prompts=(scenes.caption(scene), scenes.caption(other), "a photograph of a dog"))
+    references, swapped = np.stack([*pictures, pictures[0]]), np.stack([*reversed(pictures), pictures[0]])
+    same, mixed = _alignment(told, references, references), _alignment(told, references, swapped)
+    assert len(same) == len(mixed) == 2, "the third prompt is none the checker reads"
+    assert _means(same)["built"] == _means(same)["source"] > 0.9
+    assert _means(mixed)["built"] < 0.8 < _means(mixed)["source"]
+
+
 def test_beside_another_decoder_the_images_of_the_sources_own_are_kept(inputs, recorded, tmp_path):
     """The VAE at another scale stands for another decoder: its pictures differ, and only they."""
     from sdcompile.samples import image_arrays
