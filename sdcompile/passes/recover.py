@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Call = tuple[Tensor, ...]
-    Rows = tuple[Call, Tensor]
-    """A call, and which of its rows are meant."""
 
-REVISION = 3
+REVISION = 4
 
 POSITIONS = 8192
 """Latent positions whose gradients are kept at once: 32 rows of 16 x 16, 2 of 64 x 64. More rows come in parts, whose
@@ -45,10 +43,10 @@ gradients add up."""
 _WARM_UP = 0.05
 """Share of the steps over which the rate rises; then it falls as a cosine to zero."""
 
-_VALIDATION = 8
-"""Every eighth recorded row is not trained on: it says when to stop. The figures come from other rows still."""
-
 _EXAMS = 10
+_EXAM_ROWS = 128
+"""Held out rows, at most, that say when to stop, and which weights are kept. What was fitted cannot say it: the passes
+before have refitted the student to these very rows. A build's floors are held on other trajectories still."""
 
 _SAVE_EVERY_S = 60.0
 _SAVE_SHARE = 0.05
@@ -80,7 +78,7 @@ class Params(BaseModel):
     )  # fmt: skip
     ema: float = Field(default=0.99, ge=0, lt=1, description="Decay of the averaged weights, which are what is kept.")
     patience: int = Field(
-        default=5, ge=1, description="Stop when this many tenths of the steps bring nothing on rows kept aside."
+        default=5, ge=1, description="Stop when this many tenths of the steps bring nothing on held out rows."
     )
     layers: tuple[str, ...] = Field(
         default=("*",),
@@ -101,12 +99,13 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     params = Params.model_validate({name: job.params[name] for name in Params.model_fields})
     student = pruning.open_subject(inputs["checkpoint"], job)
     teacher = pruning.open_subject(inputs["teacher"], job)
-    pairs = pruning.pairs_of(Samples(inputs["samples"], job.component, held_out=False), job)
+    training = pruning.calls_of(Samples(inputs["samples"], job.component, held_out=False), job)
+    questions = _questions(Samples(inputs["samples"], job.component, held_out=True), job)
     assert job.spec is not None
     schedule = renoising.schedule_of(inputs["assets"]) if params.renoise else None
     names = [tensor.name for tensor in job.spec.inputs]
     pictures = renoising.pictures_of(inputs["pictures"], names) if "pictures" in inputs else None
-    exams = distil(student, teacher, pairs, params, "recover", job.say, job.state, schedule, pictures)
+    exams = distil(student, teacher, training, questions, params, "recover", job.say, job.state, schedule, pictures)
     pruning.finish(inputs, out, job, student, [], steps=exams)
 
 
@@ -115,7 +114,7 @@ class _Training:
     """Everything that decides how a training goes on after `step`.
 
     trained   the weights being trained; `average` of them is examined, `best` was the average of the best exam
-    exams     {"step", "snr_db"} on rows kept aside, the first before any training; `since` the best one: how many
+    exams     {"step", "snr_db"} on held out rows, the first before any training; `since` the best one: how many
     """
 
     trained: Mapping[str, nn.Parameter]
@@ -150,7 +149,8 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 def distil(
     student: pruning.Subject,
     teacher: pruning.Subject,
-    pairs: Sequence[tuple[tuple[Tensor, ...], Tensor]],
+    training: Sequence[Call],
+    questions: Sequence[tuple[Call, Tensor]],
     params: Params,
     field: str,
     say: Say,
@@ -158,7 +158,7 @@ def distil(
     schedule: renoising.Schedule | None = None,
     pictures: renoising.Pictures | None = None,
 ) -> list[dict[str, float]]:
-    """Train `student` in place; returns its exams: step and SNR in dB on the rows kept aside.
+    """Train `student` in place on the rows of `training`; returns its exams: step and SNR in dB on the `questions`.
 
     What is kept are the averaged weights of the best exam, or the weights as they came when none was better. Rows are
     noised again, or become `pictures` with noise, where the `schedule` is known. What is needed to go on is saved in
@@ -166,11 +166,10 @@ def distil(
     """
 
     trained = _trained(student.model, params.layers, field)
-    training, validation = _split(pairs)
     now = _begin(trained, params, state)
     say(f"going on after step {now.step} of {params.steps}" if now.step else "training", now.step / params.steps)
     if not now.exams:
-        now.exams.append({"step": 0, "snr_db": _exam(student.module, validation)})
+        now.exams.append({"step": 0, "snr_db": _exam(student.module, questions)})
     if now.exams[0]["snr_db"] >= _ROUNDING_DB:
         return now.exams  # nothing was lost
     draws = _draws(training, params, now.random)
@@ -184,7 +183,7 @@ def distil(
             call = renoising.renoised(call, params.renoise, schedule, partial(_answers, teacher), now.random)
         _learn(now, student, teacher, call, params, field)
         if not now.step % max(1, params.steps // _EXAMS) or now.step == params.steps:
-            _examine(now, student, validation)
+            _examine(now, student, questions)
         left_s = (time.monotonic() - start) / (now.step - begun) * (params.steps - now.step)
         line = f"step {now.step} of {params.steps}, {now.top_db:.1f} dB (from {now.exams[0]['snr_db']:.1f})"
         say(f"{line}, {_duration(left_s)} left", now.step / params.steps)
@@ -257,11 +256,11 @@ def _answers(teacher: pruning.Subject, call: Call) -> Tensor:
         return torch.cat([teacher.module(*part) for part in pruning.parts_of(call, POSITIONS)])
 
 
-def _examine(now: _Training, student: pruning.Subject, validation: Sequence[tuple[Call, Tensor]]) -> None:
+def _examine(now: _Training, student: pruning.Subject, questions: Sequence[tuple[Call, Tensor]]) -> None:
     """Measure the average, and keep it when it is the best so far."""
     top = now.top_db
     with _weights(now.trained, now.average):
-        now.exams.append({"step": now.step, "snr_db": _exam(student.module, validation)})
+        now.exams.append({"step": now.step, "snr_db": _exam(student.module, questions)})
     now.since += 1
     if now.top_db > top:
         now.since = 0
@@ -287,22 +286,7 @@ def _share(step: int, steps: int) -> float:
     return min(step / rise, 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
 
 
-def _split(pairs: Sequence[tuple[Call, Tensor]]) -> tuple[list[Rows], list[tuple[Call, Tensor]]]:
-    """Rows to train on, and calls with the reference's answers to examine on; some of both of every call."""
-    import torch
-
-    training, validation = [], []
-    for call, answers in pairs:
-        aside = torch.arange(len(answers)) % _VALIDATION == _VALIDATION - 1
-        training.append((call, (~aside).nonzero()[:, 0]))
-        if aside.any():
-            validation.append((tuple(column[aside] for column in call), answers[aside]))
-    if not validation:
-        validation = list(pairs)
-    return training, validation
-
-
-def _draws(training: Sequence[Rows], params: Params, random: torch.Generator) -> Iterator[Call]:
+def _draws(training: Sequence[Call], params: Params, random: torch.Generator) -> Iterator[Call]:
     """Endless calls of `params.rows` rows of one shape, each shape as often as it has rows.
 
     Past latents and timesteps, the inputs are conditioning, which some rows get from another row.
@@ -310,9 +294,9 @@ def _draws(training: Sequence[Rows], params: Params, random: torch.Generator) ->
     import torch
 
     groups: dict[tuple[Any, ...], list[tuple[Call, int]]] = {}
-    for call, places in training:
+    for call in training:
         table = groups.setdefault(tuple(column.shape[1:] for column in call), [])
-        table += [(call, place) for place in places.tolist()]
+        table += [(call, place) for place in range(len(call[0]))]
     tables = list(groups.values())
     sizes = torch.tensor([float(len(table)) for table in tables])
     while True:
@@ -322,6 +306,21 @@ def _draws(training: Sequence[Rows], params: Params, random: torch.Generator) ->
         told = torch.where(torch.rand(params.rows, generator=random) < params.mix, others, rows)
         columns = ((column, rows if column < 2 else told) for column in range(len(table[0][0])))
         yield tuple(torch.stack([table[row][0][at][table[row][1]] for row in of.tolist()]) for at, of in columns)
+
+
+def _questions(samples: Samples, job: Job) -> list[tuple[Call, Tensor]]:
+    """Up to `_EXAM_ROWS` held out rows with the reference's answers, evenly of all.
+
+    Raises StageError where none is held out.
+    """
+    if not len(samples):
+        raise StageError(
+            f"{job.component}: no sample is held out, so nothing says when to stop",
+            "raise `calibrate: {images: ...}` (every fourth trajectory is held out) or `max_samples`",
+        )
+    pairs = pruning.pairs_of(samples, job)
+    every = max(1, -(-sum(len(answers) for _, answers in pairs) // _EXAM_ROWS))
+    return [(tuple(column[::every] for column in call), answers[::every]) for call, answers in pairs]
 
 
 def _exam(module: nn.Module, pairs: Sequence[tuple[Call, Tensor]]) -> float:

@@ -367,9 +367,10 @@ def distilled(small: Path, crude: Path, samples: Path, state: Path, say: Say = s
 
     job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
     student, teacher = (pruning.open_subject(folder, job) for folder in (crude, small))
-    pairs = pruning.pairs_of(Samples(samples, "unet", held_out=False), job)
+    training, held_out = (Samples(samples, "unet", held_out=which) for which in (False, True))
+    calls, questions = pruning.calls_of(training, job), recover._questions(held_out, job)
     params, schedule = recover.Params.model_validate(RECOVERY), renoising.schedule_of(assets(state.parent / "assets"))
-    return recover.distil(student, teacher, pairs, params, "recover", say, state, schedule)
+    return recover.distil(student, teacher, calls, questions, params, "recover", say, state, schedule)
 
 
 def test_rows_beyond_a_bound_are_learned_in_parts(small, samples, crude, tmp_path, monkeypatch):
@@ -391,6 +392,47 @@ def test_rows_beyond_a_bound_are_learned_in_parts(small, samples, crude, tmp_pat
     gained = [exams[-1]["snr_db"] - exams[0]["snr_db"] for exams in (whole, parts)]
     assert gained[0] > 0
     assert gained[1] == pytest.approx(gained[0], rel=0.3)
+
+
+def test_held_out_rows_say_when_to_stop_and_none_of_them_is_learned(small, samples, crude, tmp_path, monkeypatch):
+    from sdcompile.passes import lessons, recover
+    from sdcompile.samples import Samples
+
+    job = Job("unet", {"family": "sd"}, "fp32", FAMILY.components(CONFIGS)["unet"], SHAPES)
+    held_out = np.concatenate([s.feeds["sample"] for s in Samples(samples, "unet", held_out=True)])
+    asked = np.concatenate(
+        [call[0].numpy() for call, _ in recover._questions(Samples(samples, "unet", held_out=True), job)]
+    )
+    rows = {row.tobytes() for row in held_out}
+    assert {row.tobytes() for row in asked} == rows
+    monkeypatch.setattr(recover, "_EXAM_ROWS", 6)
+    few = recover._questions(Samples(samples, "unet", held_out=True), job)
+    assert sum(len(answers) for _, answers in few) == 6
+    learned, plain = set(), lessons.loss
+
+    def loss(student, teacher, call, features):
+        learned.update(row.numpy().tobytes() for row in call[0])
+        return plain(student, teacher, call, features)
+
+    monkeypatch.setattr(lessons, "loss", loss)
+    run("recover", crude, tmp_path / "out", samples, small, **{**RECOVERY, "renoise": 0.0, "rows": 32})
+    fit = {row.tobytes() for s in Samples(samples, "unet", held_out=False) for row in s.feeds["sample"]}
+    assert learned <= fit
+    assert len(learned) > 0.9 * len(fit)
+    assert not learned & rows
+
+
+def test_a_calibration_that_holds_nothing_out_is_refused(samples, crude, tmp_path):
+    import shutil
+
+    some = tmp_path / "some"
+    shutil.copytree(samples, some)
+    index = json.loads((some / "samples.json").read_text())
+    for row in index["samples"]:
+        row["held_out"] = False
+    (some / "samples.json").write_text(json.dumps(index))
+    with pytest.raises(StageError, match="no sample is held out, so nothing says when to stop"):
+        run("recover", crude, tmp_path / "out", some, crude, **RECOVERY)
 
 
 @pytest.mark.parametrize("renoise", [1.0, 0.0])
