@@ -53,7 +53,9 @@ def recipe_of(folder: Path, manifest: Manifest, named: Sequence[str]) -> dict[st
         name: {**row, "source": found[name]} if name in found else row
         for name, row in manifest.recipe.get("components", {}).items()
     }
-    return {**manifest.recipe, "source": found["source"], "components": components}
+    # What passes were fitted to is not made again, and lies where the bundle was built.
+    calibrate = {k: v for k, v in manifest.recipe.get("calibrate", {}).items() if k not in ("pictures", "prompts_file")}
+    return {**manifest.recipe, "source": found["source"], "components": components, "calibrate": calibrate}
 
 
 def verify_bundle(

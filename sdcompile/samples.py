@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 INDEX = "samples.json"
 IMAGES = "images"
 PICTURES = "pictures"
+TOLD = "told."
 
 
 @dataclass(frozen=True)
@@ -137,17 +138,13 @@ def image_arrays(folder: Path, trajectory: str) -> dict[str, NDArray[Any]]:
         return {name.removeprefix(f"{trajectory}."): file.get_tensor(name) for name in sorted(names)}
 
 
-def write_pictures(folder: Path, latents: NDArray[Any], told: NDArray[Any], conditioning: Arrays) -> None:
-    """latents (N, C, h, w); told (N,): which row of every array of `conditioning`, (captions, ...), is a picture's."""
-    named = {f"told.{name}": array for name, array in conditioning.items()}
-    _save({"latents": latents, "caption": told, **named}, folder / f"{PICTURES}.safetensors")
+def write_pictures(folder: Path, latents: NDArray[Any], caption: NDArray[Any], conditioning: Arrays) -> None:
+    """latents (N, C, h, w); caption (N,): which row of every array of `conditioning`, (captions, ...), is a picture's.
 
-
-def read_pictures(folder: Path) -> tuple[NDArray[Any], NDArray[Any], dict[str, NDArray[Any]]]:
-    """latents, told and conditioning, as `write_pictures` was given them."""
-    arrays = load_file(folder / f"{PICTURES}.safetensors")
-    conditioning = {name.removeprefix("told."): a for name, a in arrays.items() if name.startswith("told.")}
-    return arrays["latents"], arrays["caption"], conditioning
+    They are kept as "latents", "caption" and "told.<name>" each.
+    """
+    named = {f"{TOLD}{name}": array for name, array in conditioning.items()}
+    _save({"latents": latents, "caption": caption, **named}, folder / f"{PICTURES}.safetensors")
 
 
 def _save(arrays: Arrays, path: Path) -> None:

@@ -54,4 +54,5 @@ def describe(recipe: Recipe, base: Path, *, offline: bool, hash_file: HashFile) 
     if source is None or faults:
         hints = dict.fromkeys(fault.hint for fault in faults if fault.hint)
         raise RecipeError("\n".join(fault.message for fault in faults), "\n".join(hints))
-    return replace(source.with_parts(parts) if parts else source, pictures=photos)
+    source = source.with_parts(parts) if parts else source
+    return source if photos is None else replace(source, pictures=photos, notes=(*source.notes, *photos.notes))

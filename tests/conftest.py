@@ -59,7 +59,8 @@ class FakeSource:
 
     def folder_files(self, folder: str) -> dict[str, FakeFile]:
         if folder == "pictures":
-            return dict(self.pictures)
+            assert self.pictures is not None
+            return dict(self.pictures.files)
         return {
             f"{folder}/config.json": FakeFile("c", 1000),
             f"{folder}/model.safetensors": FakeFile(self.weights, 3 << 30),

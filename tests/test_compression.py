@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -231,24 +232,45 @@ def test_pictures_are_encoded_for_the_passes_that_want_them(plan, source):
     healed = PRUNED + "      heal: {}\n" + "calibrate: {pictures: photos}\n"
     without = plan(healed)
     assert not [step for step in without if "pictures" in step.name]
-    object.__setattr__(source, "pictures", {"a.png": FakeFile("1" * 64, 1000), "a.txt": FakeFile("2" * 64, 10)})
+    object.__setattr__(source, "pictures", photos(("a.png", 1000), ("a.txt", 10), ("b.png", 500)))
     steps = plan(healed)
     step, there = steps["pipeline.calibrate.pictures"], steps["pictures.fetch.assets"]
     assert steps["unet.prune.heal"].inputs["pictures"] == step.name
     assert step.inputs["pictures"] == there.name
     assert step.inputs["vae"] == "vae.fetch.checkpoint"
-    assert there.job.params["files"] == {"a.png": "1" * 64, "a.txt": "2" * 64}
-    assert step.job.params["components"] == {"text_encoder": {}, "vae_encoder": {}}
+    assert there.job.params["files"] == {"a.png": "0" * 64, "a.txt": "1" * 64, "b.png": "2" * 64}
+    # Two pictures, one caption and the empty one.
+    assert step.disk_bytes == 4 * (2 * 4 * 64 * 64 + 2 * 77 * 768)
     assert steps["pipeline.calibrate.calibrate"].key == without["pipeline.calibrate.calibrate"].key
-    source.pictures["a.txt"] = FakeFile("3" * 64, 10)
+    for other in ("defaults.guidance_scale=3", "samplers=[euler]", "shapes.batch=2"):
+        assert plan(healed, other)[step.name].key == step.key, "what no latent depends on"
+    told = steps["pipeline.package.bundle"].job.params
+    assert told["recipe"]["calibrate"]["pictures"] == "folder:photos"
+    assert told["source"]["pictures"]["files"] == 3
+    source.pictures.files["a.txt"] = FakeFile("3" * 64, 10)
     assert plan(healed)["unet.prune.heal"].key != steps["unet.prune.heal"].key, "another caption is another lesson"
+
+
+def photos(*files: tuple[str, int]) -> SimpleNamespace:
+    from tests.conftest import FakeFile
+
+    made = {name: FakeFile(str(number) * 64, size) for number, (name, size) in enumerate(files)}
+    return SimpleNamespace(id="folder:photos", files=made)
+
+
+def test_pictures_are_left_alone_where_what_learned_on_them_lost_its_race(plan, source, tmp_path):
+    """The same recipe without `prune:`, which is what a build goes on with then, is no fault any more."""
+    object.__setattr__(source, "pictures", photos(("a.png", 1000)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BASE + "calibrate: {pictures: photos}\n")
+    machine = Machine({}, {name: Probe(available=True) for name in BACKENDS}, {"machine": "x86_64"})
+    steps = resolve(load(path, ()), source, machine, {"unet": "pruning is left out"})
+    assert not [step for step in steps if "pictures" in step.name]
 
 
 @pytest.mark.parametrize("prune", ["shorten: {}", "heal: {taylor: true}"])
 def test_pictures_that_nothing_learns_on_are_refused(plan, source, prune):
-    from tests.conftest import FakeFile
-
-    object.__setattr__(source, "pictures", {"a.png": FakeFile("1" * 64, 1000)})
+    object.__setattr__(source, "pictures", photos(("a.png", 1000)))
     (line,) = faults(plan, BASE + f"components: {{unet: {{prune: {{{prune}}}}}}}\ncalibrate: {{pictures: photos}}\n")
     assert line.startswith("recipe.yaml:8: calibrate.pictures: nothing in this recipe learns on pictures")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompile import __version__, bundle
+from sdcompile.console.effects import won
 from sdcompile.errors import RecipeError
 from sdcompile.measure import charts, html, pictures, tables
 from sdcompile.measure.tables import Table, number
@@ -218,10 +219,7 @@ def _compression(folder: Path, manifest: bundle.Manifest) -> Iterator[str]:
         yield html.table(Table("", columns, rows))
     for name, entry in manifest.components.items():
         for race in entry.races:
-            yield html.paragraph(
-                f"{name}: {race['name']} is {race['speedup']:.2f} times as fast as {race['rival']} by processor "
-                f"time of a call (accept_if wants {race['wanted']:g})."
-            )
+            yield html.paragraph(f"{name}: {won(race)}.")
     for path in sorted((folder / manifest.reports).glob("*-sensitivity.json")):
         told = _json(path)
         worst = sorted((min(row["snr_db"].values()), row["name"], row.get("groups", 1)) for row in told["groups"])[

@@ -85,7 +85,7 @@ class Pass:
     disk        what `run` writes, at most: times the component's fp32 bytes
     wants       params -> further inputs, by role: "teacher", the component's checkpoint as it was before any pass;
                 "assets", the source's scheduler config, in `scheduler`; "pictures", where the recipe names some,
-                their latents (`samples.read_pictures`)
+                their latents (`samples.write_pictures`)
     section     of a pass of the quantize stage: the mapping in a recipe that its parameters are written in
     opset       the oldest ONNX opset whose operators take what it writes
     """

@@ -297,6 +297,8 @@ def _insert_pairs(inputs: Mapping[str, Path], target: Path, job: Job, params: Pa
     with _unshared(source, target.parent) as readable:
         model = ir.from_proto(_quantized(readable, fit, job, params, ignored))
         casting.map_weights(model, readable.parent)
+        for old in target.parent.glob(f"{target.name}*"):
+            old.unlink()  # that of biases corrected before, or there would be room for both
         ir.save(model, target, external_data="model.onnx.data")
 
 

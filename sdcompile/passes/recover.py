@@ -74,7 +74,7 @@ class Params(BaseModel):
         default=0.5, ge=0, le=1,
         description="Share of the rows that get new noise, at a timestep that is as noisy or noisier: inputs that were "
         "never recorded. Each such row costs one more answer of the unpruned model. With `calibrate: {pictures: ...}` "
-        "the rows become pictures instead, with their captions and noise of any timestep.",
+        "those of the usual size become pictures instead, with their captions and noise of any timestep.",
     )  # fmt: skip
     ema: float = Field(default=0.99, ge=0, lt=1, description="Decay of the averaged weights, which are what is kept.")
     patience: int = Field(
@@ -318,9 +318,19 @@ def _questions(samples: Samples, job: Job) -> list[tuple[Call, Tensor]]:
             f"{job.component}: no sample is held out, so nothing says when to stop",
             "raise `calibrate: {images: ...}` (every fourth trajectory is held out) or `max_samples`",
         )
+    import torch
+
     pairs = pruning.pairs_of(samples, job)
-    every = max(1, -(-sum(len(answers) for _, answers in pairs) // _EXAM_ROWS))
-    return [(tuple(column[::every] for column in call), answers[::every]) for call, answers in pairs]
+    sizes = [len(answers) for _, answers in pairs]
+    count = min(_EXAM_ROWS, sum(sizes))
+    wanted = torch.zeros(sum(sizes), dtype=torch.bool)
+    wanted[[number * sum(sizes) // count for number in range(count)]] = True
+    # Copies, so that the rest is let go.
+    return [
+        (tuple(column[rows] for column in call), answers[rows])
+        for (call, answers), rows in zip(pairs, wanted.split(sizes), strict=True)
+        if rows.any()
+    ]
 
 
 def _exam(module: nn.Module, pairs: Sequence[tuple[Call, Tensor]]) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdcompile.errors import StageError
-from sdcompile.samples import read_pictures
+from sdcompile.samples import PICTURES, TOLD
 
 if TYPE_CHECKING:
     import torch
@@ -79,12 +79,12 @@ def schedule_of(assets: Path) -> Schedule:
 
 
 def pictures_of(folder: Path, names: Sequence[str]) -> Pictures:
-    """The pictures in `folder` (see `samples.read_pictures`); `names` are those of a call's columns."""
-    import torch
+    """The pictures in `folder` (see `samples.write_pictures`), mapped; `names` are those of a call's columns."""
+    from safetensors.torch import load_file
 
-    latents, caption, conditioning = read_pictures(folder)
-    told = {names.index(name): torch.from_numpy(rows) for name, rows in conditioning.items()}
-    return Pictures(torch.from_numpy(latents), torch.from_numpy(caption), told)
+    arrays = load_file(folder / f"{PICTURES}.safetensors")
+    told = {names.index(k.removeprefix(TOLD)): rows for k, rows in arrays.items() if k.startswith(TOLD)}
+    return Pictures(arrays["latents"], arrays["caption"], told)
 
 
 def shown(call: Call, share: float, schedule: Schedule, pictures: Pictures, random: torch.Generator) -> Call:

@@ -86,8 +86,14 @@ def resolve(
     calibrated = list(dict.fromkeys(map(family.plain, calibrating)))
     samples = calibration(draft, recipe, some, calibrated, specs, shapes, reference, faults)
     given = {"assets": assets, **({"samples": samples} if samples else {})}
-    if (encoded := pictures(draft, recipe, chosen, shapes, reference, faults)) is not None:
+    if (encoded := pictures(draft, chosen, modules, shapes, reference)) is not None:
         given["pictures"] = encoded
+    elif source.pictures is not None and not fallbacks:
+        # With fallbacks, what would have learned on them may have lost its race.
+        faults.append(
+            "calibrate.pictures: nothing in this recipe learns on pictures; `prune: {..., recover: {...}}` of a "
+            "component does, but with `renoise: 0`"
+        )
     _refuse(recipe, faults)
 
     ways: dict[str, Way] = {}

@@ -12,6 +12,7 @@ from sdcompile.plan.sampling import profiles
 from sdcompile.plan.verification import default_size
 from sdcompile.recipe import Recipe, dump
 from sdcompile.spec import PIPELINE, Shapes, at_target
+from sdcompile.store import key_of
 
 if TYPE_CHECKING:
     from sdcompile.steps.layout import Source
@@ -44,6 +45,7 @@ def package(
             "id": source.id, "kind": source.kind, "revision": source.revision, "licence": source.licence,
             "files": {path: f.sha256 for path, f in source.files.items()},
             **({"components": {name: _origin(part) for name, part in source.parts.items()}} if source.parts else {}),
+            **({"pictures": _digest(source.pictures)} if source.pictures else {}),
         },
         "facts": facts,
         "fallbacks": dict(fallbacks),
@@ -81,8 +83,16 @@ def _components(draft: Draft, way: Way) -> dict[str, dict[str, Any]]:
 
 def _recipe(recipe: Recipe, source: Source) -> dict[str, Any]:
     data = {**dump(recipe), "source": source.id}
+    if source.pictures:
+        data["calibrate"] = {**data["calibrate"], "pictures": source.pictures.id}
     own = {name: {**data["components"][name], "source": part.id} for name, part in source.parts.items()}
     return {**data, "components": {**data["components"], **own}} if own else data
+
+
+def _digest(pictures: Source) -> dict[str, Any]:
+    """What the manifest says of pictures, of which there may be thousands: their names and bytes in one hash."""
+    files = {path: f.sha256 for path, f in pictures.files.items()}
+    return {"id": pictures.id, "files": len(files), "sha256": key_of(files)}
 
 
 def _origin(part: Source) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from sdcompile.plan.choice import Choice
 from sdcompile.plan.draft import Draft, Road
 from sdcompile.plan.steps import SOURCE
 from sdcompile.recipe import Recipe
-from sdcompile.samples import PICTURES
 from sdcompile.spec import PIPELINE, ComponentSpec, Shapes
+from sdcompile.steps.layout import CAPTION, PICTURES
 
 if TYPE_CHECKING:
     from sdcompile.steps.layout import Source
@@ -80,42 +80,47 @@ def calibration(
 
 def pictures(
     draft: Draft,
-    recipe: Recipe,
     chosen: Mapping[str, Mapping[str, Choice]],
+    specs: Mapping[str, ComponentSpec],
     shapes: Shapes,
     inputs: Mapping[str, str],
-    faults: list[str],
 ) -> str | None:
-    """The step that encodes the recipe's pictures for the passes of any target that want them; None without pictures.
-
-    Adds to `faults` that nothing would learn on them.
-    """
-    if draft.source.pictures is None:
+    """The step that encodes the source's pictures for the passes, of any target, that want them; None without any."""
+    if draft.source.pictures is None or not any(
+        PICTURES in planned.wants for choices in chosen.values() for choice in choices.values()
+        for planned in choice.passes
+    ):  # fmt: skip
         return None
-    choices = [choice for choices in chosen.values() for choice in choices.values()]
-    if not any(PICTURES in planned.wants for choice in choices for planned in choice.passes):
-        faults.append(
-            "calibrate.pictures: nothing in this recipe learns on pictures; a component with "
-            "`prune: {..., recover: {...}}` does"
-        )
-        return None
-    folder, family = draft.source.folder_files(PICTURES), draft.family
-    size = sum(file.bytes for file in folder.values())
+    files, family = draft.source.folder_files(PICTURES), draft.family
     there = draft.add(
         PICTURES, "assets", {SOURCE: SOURCE},
-        {"kind": draft.source.kind_of(PICTURES), "folder": PICTURES, "files": {p: f.sha256 for p, f in folder.items()}},
-        disk=size,
+        {"kind": draft.source.kind_of(PICTURES), "folder": PICTURES, "files": {p: f.sha256 for p, f in files.items()}},
+        disk=sum(file.bytes for file in files.values()),
     )  # fmt: skip
-    some = next(iter(chosen.values()))
-    reference = _reference(draft, recipe, some, shapes, step_cache=False)
-    reference["facts"] = draft.without_parts(reference["facts"])
-    components = {"text_encoder": reference["components"]["text_encoder"], "vae_encoder": {}}
-    latents = math.prod((draft.source.configs["vae"].get("latent_channels", 4), shapes["h"].opt, shapes["w"].opt))
+    text = next(iter(chosen.values()))["text_encoder"].module_params
+    params = {name: value for name, value in text.items() if name != "family"}
+    facts = family.facts(draft.source.configs)
+    told = {
+        "family": family.name,
+        "components": {
+            "text_encoder": {"params": params, "spec": specs["text_encoder"].as_json()},
+            "vae_encoder": {"params": {}, "spec": specs["vae_encoder"].as_json()},
+        },
+        "size": {"height": shapes["H"].opt, "width": shapes["W"].opt},
+        "scaling_factor": facts["scaling_factor"],
+        "shift_factor": facts["shift_factor"],
+    }
+    captions = sum(path.endswith(CAPTION) for path in files)
+    each = {name: _BYTES["float32"] * math.prod(specs[name].outputs[0].shape(shapes, "opt")[1:]) for name in
+            ("text_encoder", "vae_encoder")}  # fmt: skip
+    size = (len(files) - captions) * each["vae_encoder"] // 2 + (captions + 1) * each["text_encoder"]
+    folders = {name: family.folder(name, ()) for name in told["components"]}
     return draft.add(
-        PIPELINE, "pictures", {**draft.without_parts(inputs), PICTURES: there},
-        {**reference, "components": components, "num_inference_steps": None}, shapes=shapes,
-        memory=memory.needed(memory.RECORD, max(draft.source.fp32_bytes(family.folder(n, ())) for n in components)),
-        disk=len(folder) * 4 * latents,
+        PIPELINE, PICTURES,
+        {**{folder: inputs[folder] for folder in folders.values()}, "tokenizer": inputs["tokenizer"], PICTURES: there},
+        told,
+        # As arrays, and as the bytes that are written.
+        memory=memory.needed(memory.RECORD, max(map(draft.source.fp32_bytes, folders.values()))) + 2 * size, disk=size,
     )  # fmt: skip
 
 

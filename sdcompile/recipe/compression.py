@@ -46,7 +46,8 @@ class CalibrateRecipe(Part):
     images: Annotated[Whole, Field(ge=4, le=4096)] = Field(
         default=32,
         description="Trajectories to run, over the prompts in order. One in four is held out: passes are "
-        "judged by it and never fitted to it. One in five is unguided, two in seven the least or largest size.",
+        "judged by it and never fitted to it, but that recovery keeps the weights that do best on it. One in five is "
+        "unguided, two in seven the least or largest size.",
     )
     num_inference_steps: Annotated[Whole, Field(ge=1, le=MAX_STEPS)] = Field(
         default=10, description="Denoising steps of each."
@@ -79,7 +80,7 @@ class AcceptRecipe(Part):
     groups: Truth = Field(
         default=True,
         description="Where the engine tells what it spends where: leave groups of layers in `rest` that take longer in "
-        "int8, if that saves a hundredth of a call, and race again.",
+        "int8, if that saves a hundredth of a call, and race again. Not where `speedup` is 0.",
     )
 
 

@@ -23,7 +23,7 @@ CHECKPOINT = "checkpoint.safetensors"
 """What a single-file source is called among a Source's files, whatever the user calls it."""
 
 ASSETS = ("tokenizer", "scheduler")
-PICTURES = "pictures"
+PICTURES, CAPTION = "pictures", ".txt"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 VARIANTS = ("fp16", "bf16")
 

@@ -124,9 +124,9 @@ def judge(
 ) -> dict[str, Any]:  # fmt: skip
     """The report: PSNR of every recorded image (of a batch, its worst), the worst, and the least by shape.
 
-    `alignment`, where pictures are `scored`, says how well those of the usual shape fit their prompts, beside the
-    reference's. Where another decoder is built, `own_decoder` says how far its pictures are from those of the source's
-    own, and whether their mean reaches `min_decoder_psnr_db`.
+    `alignment`, where pictures are `scored`, says how well those of the usual shape and without cached steps fit
+    their prompts, beside the reference's. Where another decoder is built, `own_decoder` says how far its pictures are
+    from those of the source's own, and whether their mean reaches `min_decoder_psnr_db`.
     Images with cached steps are compared with the reference's that have the same ones; "step_cache" tells how far
     they are from the reference's without any, which is what step caching costs.
     """
@@ -139,7 +139,7 @@ def judge(
         reference = samples.image_arrays(recorded, trajectory.id)
         row, images = _row(pipeline, trajectory, reference, min_psnr_db)
         rows.append(row)
-        if scored and images is not None and trajectory.shape == "opt":
+        if scored and images is not None and trajectory.shape == "opt" and trajectory.like is None:
             fits += _alignment(trajectory, reference["images"], images)
         if images is not None and (worst is None or row["psnr_db"] < worst[0]):
             index = row["image"]

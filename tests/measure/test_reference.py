@@ -65,6 +65,12 @@ def with_light(**changes: str) -> SimpleNamespace:
     return SimpleNamespace(family="sd", name="x", recipe={**recipe, "source": changes.get("source", "builtin:tiny")})
 
 
+def test_what_passes_were_fitted_to_is_not_looked_for_where_a_bundle_is_verified():
+    manifest = with_light()
+    manifest.recipe["calibrate"] = {"pictures": "folder:photos", "prompts_file": "mine.txt", "images": 8}
+    assert recipe_of(Path("x.sdc"), manifest, ())["calibrate"] == {"images": 8}
+
+
 def test_the_reference_of_another_decoder_is_drawn_with_it():
     manifest = with_light()
     recipe = reference_recipe(manifest, recipe_of(Path("x.sdc"), manifest, ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,11 @@ from PIL import Image
 
 from sdcompile.bundle import sha256_of
 from sdcompile.errors import RecipeError, StageError
-from sdcompile.samples import read_pictures
+from sdcompile.families import FAMILIES
 from sdcompile.spec import Job, say_nothing
 from sdcompile.steps import fetch, pictures
 from tests.steps import layouts
-from tests.steps.test_record import inputs, recording_job  # noqa: F401
+from tests.steps.test_record import inputs  # noqa: F401
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -36,6 +37,8 @@ def folder(tmp_path: Path) -> Path:
     (root / "more" / "d.txt").write_text("a red\n  circle")
     (root / "notes.txt").write_text("no caption of any picture")
     (root / ".hidden.png").write_bytes(b"")
+    (root / ".thumbnails").mkdir()
+    (root / ".thumbnails" / "a.png").write_bytes(b"")
     return root
 
 
@@ -44,6 +47,9 @@ def test_pictures_and_their_captions_count_and_nothing_else(folder: Path) -> Non
     assert list(found.files) == ["a.png", "a.txt", "b.JPG", "more/a.txt", "more/a.webp", "more/d.jpeg", "more/d.txt"]
     assert found.files["a.png"].sha256 == sha256_of(folder / "a.png")
     assert str(folder.parent) not in repr(found), "no path of the machine gets into keys"
+    assert found.notes == ("photos: 1 of 4 pictures have no caption (.txt beside them), so no prompt",)
+    (folder / "b.txt").write_text("a blue circle")
+    assert pictures.describe(folder, "photos", sha256_of).notes == ()
 
 
 def test_they_are_one_more_folder_of_the_source(folder: Path, tmp_path: Path) -> None:
@@ -84,12 +90,23 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path, made, words: str) 
 @pytest.fixture
 def encoded(inputs, tmp_path):  # noqa: F811
     def run(root: Path) -> tuple:
-        job = recording_job(inputs, components=("text_encoder", "vae_encoder"))
+        from safetensors.numpy import load_file
+
+        configs = {n: json.loads((inputs[n] / "config.json").read_text()) for n in ("unet", "vae", "text_encoder")}
+        specs = FAMILIES["sd"].components({**configs, "scheduler": {}})
+        params = {
+            "family": "sd", "size": {"height": 32, "width": 32}, "scaling_factor": 0.5, "shift_factor": 0.0,
+            "components": {
+                name: {"params": {}, "spec": specs[name].as_json()} for name in ("text_encoder", "vae_encoder")
+            },
+        }  # fmt: skip
         out = tmp_path / "encoded"
         out.mkdir()
-        pictures.run({**inputs, "pictures": root}, out, job)
+        roles = {name: inputs[name] for name in ("text_encoder", "vae", "tokenizer")}
+        pictures.run({**roles, "pictures": root}, out, Job("pipeline", params))
         assert [path.name for path in out.iterdir()] == ["pictures.safetensors"]
-        return read_pictures(out)
+        found = load_file(out / "pictures.safetensors")
+        return found["latents"], found["caption"], {"encoder_hidden_states": found["told.encoder_hidden_states"]}
 
     return run
 
@@ -132,6 +149,20 @@ def test_what_is_longer_than_the_engine_s_proportions_is_cut_at_both_ends(tmp_pa
     Image.fromarray(wide).save(root / "whole.png")
     latents, _, _ = encoded(root)
     np.testing.assert_allclose(latents[0], latents[1], atol=1e-5)
+
+
+def test_sixteen_bits_are_made_eight_and_what_is_transparent_white(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "grey.png")
+    pixels = pictures._pixels(tmp_path / "grey.png", 64, 64)
+    np.testing.assert_allclose(pixels[0, 0], ramp / 32767.5 - 1, atol=1 / 127)
+    red = np.zeros((64, 64, 4), np.uint8)
+    red[..., 0], red[32:, :, 3] = 255, 255
+    Image.fromarray(red).save(tmp_path / "half.png")
+    pixels = pictures._pixels(tmp_path / "half.png", 64, 64)[0]
+    assert (pixels[:, :32] == 1).all(), "what is hidden below transparent pixels stays hidden"
+    assert (pixels[0, 32:] == 1).all()
+    assert (pixels[1:, 32:] == -1).all()
 
 
 @pytest.mark.tiny
