@@ -76,7 +76,7 @@ class Pass:
     packages    distributions whose versions decide those bytes
     calibrates  params -> does it want an input "samples": what the fp32 reference was fed and answered on
                 the trajectories of `calibrate` (see `sdcompile.samples`)?
-    memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB)
+    memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB), or params -> that
     measuring   the same where it wants samples, if that takes more
     working     (params, setting) -> GiB beside those, of what depends on parameters and sizes
     refuses     (params, setting) -> what cannot be, each as "field: fault"; a plan asks before anything is made
@@ -102,7 +102,7 @@ class Pass:
     idle: Callable[[Any], bool] = never
     exact: bool = False
     wants: Callable[[Any], tuple[str, ...]] = nothing_more
-    memory: tuple[float, float] = (2.0, 1.0)
+    memory: tuple[float, float] | Callable[[Any], tuple[float, float]] = (2.0, 1.0)
     measuring: tuple[float, float] | None = None
     working: Callable[[Any, Setting], float] = no_more
     section: str = "quantize"

@@ -18,7 +18,8 @@ def lean() -> Iterator[None]:
     NNCF (3.4) takes no session options, makes an output of every tensor it measures, weights among them, which ONNX
     Runtime then copies at every sample, and at the end loads all weights into the graph it returns. Here sessions
     have no arena, no memory plan, no rewriting and no packed copy of weights; weights are measured once, from
-    their file; and they stay in it: the graph returned names the file of the one given.
+    their file; and they stay in it, but for those that SmoothQuant changes: the graph returned names the file of
+    the one given.
     """
     import onnxruntime as ort
     from nncf.onnx import engine

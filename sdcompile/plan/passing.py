@@ -34,8 +34,10 @@ class Planned(NamedTuple):
         return record.stage == "prune" and not (record.exact or record.idle(record.params.model_validate(self.params)))
 
     def memory(self, setting: Setting) -> tuple[float, float]:
-        times, gib = (self.record.measuring if self.calibrates else None) or self.record.memory
-        return times, gib + self.record.working(self.record.params.model_validate(self.params), setting)
+        params = self.record.params.model_validate(self.params)
+        usual = self.record.memory(params) if callable(self.record.memory) else self.record.memory
+        times, gib = (self.record.measuring if self.calibrates else None) or usual
+        return times, gib + self.record.working(params, setting)
 
 
 def planned(record: Pass, params: Mapping[str, Any]) -> Planned:
