@@ -49,6 +49,7 @@ class FakeSource:
     parts: dict[str, Any] = field(default_factory=dict)
     edits: dict[str, Any] = field(default_factory=dict)
     pictures: Any = None
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def kind_of(self, folder: str) -> str:
         return self.parts[folder].kind if folder in self.parts else self.kind

@@ -127,9 +127,15 @@ def memory_gib(plan, prune: str) -> float:
     return step.memory_bytes / 2**30
 
 
-def test_the_memory_of_gradients_follows_from_rows_and_is_bounded(plan):
+def test_the_memory_of_gradients_follows_from_rows_and_is_bounded(plan, source):
     one, usual, many = (memory_gib(plan, f"{{recover: {{rows: {rows}}}}}") for rows in (1, 32, 1024))
     assert usual == many == pytest.approx(one + 1.83, abs=0.05)
+    assert usual > 7 * 3, "what is known of no weight is all trained"
+    source.counts["unet"] = {"conv_out.weight": 10, "mid_block.attentions.0.proj_out.weight": 90}
+    some = memory_gib(plan, "{recover: {layers: [conv_out]}}")
+    assert usual - some == pytest.approx(5.5 * 3 * 0.9 * 1.15, rel=0.2)
+    assert memory_gib(plan, "{recover: {}}") == usual
+    source.counts.clear()
     weights = memory_gib(plan, "{heads: {importance: l1}}")
     assert memory_gib(plan, "{heads: {importance: taylor}}") - weights == pytest.approx(1.83, abs=0.05)
     assert memory_gib(plan, "{channels: {importance: taylor}}") - memory_gib(plan, "{channels: {}}") > 1.8

@@ -31,6 +31,7 @@ class Setting:
     multiples   shape letter -> what its value is always divisible by
     before      parameters of the passes that run before this one, by name
     edits       what the source had lost before any pass (see `sdcompile.edits`); it is no longer among `modules`
+    counts      weight -> how many numbers; empty where they are not known
     """
 
     config: Mapping[str, Any]
@@ -39,6 +40,7 @@ class Setting:
     multiples: Mapping[str, int]
     before: Mapping[str, Any] = field(default_factory=dict)
     edits: Sequence[Mapping[str, Any]] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def nothing(params: Any, setting: Setting) -> list[str]:
@@ -76,13 +78,14 @@ class Pass:
     packages    distributions whose versions decide those bytes
     calibrates  params -> does it want an input "samples": what the fp32 reference was fed and answered on
                 the trajectories of `calibrate` (see `sdcompile.samples`)?
-    memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB), or params -> that
+    memory      peak resident memory of `run`: (times the component's fp32 bytes, plus GiB), or (params, setting) ->
+                that
     measuring   the same where it wants samples, if that takes more
     working     (params, setting) -> GiB beside those, of what depends on parameters and sizes
     refuses     (params, setting) -> what cannot be, each as "field: fault"; a plan asks before anything is made
     idle        params -> does it change nothing, as with a ratio of 0?
     exact       does the module compute the same function after it, so that the floors of its precision hold?
-    disk        what `run` writes, at most: times the component's fp32 bytes
+    disk        what `run` writes, at most: times the component's fp32 bytes, or (params, setting) -> that
     wants       params -> further inputs, by role: "teacher", the component's checkpoint as it was before any pass;
                 "assets", the source's scheduler config, in `scheduler`; "pictures", where the recipe names some,
                 their latents (`samples.write_pictures`)
@@ -102,12 +105,12 @@ class Pass:
     idle: Callable[[Any], bool] = never
     exact: bool = False
     wants: Callable[[Any], tuple[str, ...]] = nothing_more
-    memory: tuple[float, float] | Callable[[Any], tuple[float, float]] = (2.0, 1.0)
+    memory: tuple[float, float] | Callable[[Any, Setting], tuple[float, float]] = (2.0, 1.0)
     measuring: tuple[float, float] | None = None
     working: Callable[[Any, Setting], float] = no_more
     section: str = "quantize"
     opset: int = 18
-    disk: float = 1.0
+    disk: float | Callable[[Any, Setting], float] = 1.0
 
 
 EFFECT = "effect.json"

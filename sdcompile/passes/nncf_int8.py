@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompile.errors import StageError
 from sdcompile.passes import nncf_manners, patterns
-from sdcompile.passes.base import Pass, by_modules, write_effect
+from sdcompile.passes.base import Pass, Setting, by_modules, write_effect
 from sdcompile.spec import Job
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
 
 
-def _memory(params: Params) -> tuple[float, float]:
+def _memory(params: Params, setting: Setting) -> tuple[float, float]:
     """Measured on SD 1.5, a UNet of 3.2 GiB, which stays mapped: 6.9 to 7.4 GiB, with attention's products as well.
     SmoothQuant changes weights, which NNCF then holds in the graph and in copies of it: 10.9 GiB."""
     return (3.3, 0.8) if params.smooth_quant else (2.2, 0.8)

@@ -48,8 +48,7 @@ _EXAM_ROWS = 128
 """Held out rows, at most, that say when to stop, and which weights are kept. What was fitted cannot say it: the passes
 before have refitted the student to these very rows. A build's floors are held on other trajectories still."""
 
-_SAVE_EVERY_S = 60.0
-_SAVE_SHARE = 0.05
+_SAVE_EVERY_S, _SAVE_SHARE = 60.0, 0.05
 """The state is saved once a minute, but never takes more than this share of the time."""
 
 _ROUNDING_DB = 100.0
@@ -362,6 +361,22 @@ def _working_gib(params: Params, setting: Setting) -> float:
     return pruning.gradients_gib(setting, params.rows, POSITIONS)
 
 
+def _share_trained(params: Params, setting: Setting) -> float:
+    """How much of the weights is trained; all of it where they are not known."""
+    named = patterns.named(setting.counts, params.layers)
+    return sum(setting.counts[name] for name in named) / sum(setting.counts.values()) if named else 1.0
+
+
+def _memory(params: Params, setting: Setting) -> tuple[float, float]:
+    """Weights, gradients, moments, average and best of what is trained; the rest is mapped, as the teacher is."""
+    return 1.5 + 5.5 * _share_trained(params, setting), 2.0
+
+
+def _disk(params: Params, setting: Setting) -> float:
+    """The result, and the state twice while a new one takes the place of the old: weights, average, best, moments."""
+    return 1.0 + 10.0 * _share_trained(params, setting)
+
+
 def _wants(params: Params) -> tuple[str, ...]:
     return ("teacher", "assets", "pictures") if params.renoise else ("teacher",)
 
@@ -379,9 +394,7 @@ PASS = Pass(
     # Whether the floors hold is said by what it recovers from: by itself it has nothing to learn.
     exact=True,
     wants=_wants,
-    # Weights, gradients, two moments, the average and the best so far; the teacher stays mapped.
-    memory=(7.0, 2.0),
+    memory=_memory,
     working=_working_gib,
-    # The result, and the state twice while a new one takes the place of the old: weights, average, best, moments.
-    disk=11.0,
+    disk=_disk,
 )

@@ -122,7 +122,10 @@ def _setting(family: Family, source: Source, name: str, shapes: Shapes) -> Setti
     folder = family.folder(name, source.configs)
     modules, made = family.modules(family.plain(name), source.configs), source.edits.get(folder, ())
     left = None if modules is None else edits.renamed(modules, made)
-    return Setting(source.configs[folder], left, shapes, family.facts(source.configs)["multiples"], edits=made)
+    return Setting(
+        source.configs[folder], left, shapes, family.facts(source.configs)["multiples"], edits=made,
+        counts=source.counts.get(folder, {}),
+    )  # fmt: skip
 
 
 def _chosen(
@@ -201,7 +204,8 @@ def _component(
             forms[kind] = draft.add(
                 name, record.name, inputs, {"family": family, **params, **planned.params, **loose}, spec=of,
                 shapes=shapes, precision=precision,
-                memory=memory.needed(planned.memory(setting), size), disk=int(record.disk * size), variant=variant,
+                memory=memory.needed(planned.memory(setting), size), disk=int(planned.disk(setting) * size),
+                variant=variant,
             )  # fmt: skip
             passes.append(forms[kind])
         return tuple(passes)

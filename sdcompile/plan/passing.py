@@ -35,9 +35,13 @@ class Planned(NamedTuple):
 
     def memory(self, setting: Setting) -> tuple[float, float]:
         params = self.record.params.model_validate(self.params)
-        usual = self.record.memory(params) if callable(self.record.memory) else self.record.memory
+        usual = self.record.memory(params, setting) if callable(self.record.memory) else self.record.memory
         times, gib = (self.record.measuring if self.calibrates else None) or usual
         return times, gib + self.record.working(params, setting)
+
+    def disk(self, setting: Setting) -> float:
+        found = self.record.disk
+        return found(self.record.params.model_validate(self.params), setting) if callable(found) else found
 
 
 def planned(record: Pass, params: Mapping[str, Any]) -> Planned:

@@ -15,10 +15,10 @@ from sdcompile.steps.layout import (
     Source,
     Tree,
     config_in,
+    counted_weights,
     entries,
     licence_of,
     local_tree,
-    parameters_in,
     placing,
     weights_in,
 )
@@ -95,13 +95,13 @@ def read(tree: Tree, component: str, hash_file: HashFile) -> Source:
     try:
         config = config_in(tree, _CONFIG)
         paths, notes = weights_in(tree, "", config)
-        counted = parameters_in(tree, paths)
+        counted = counted_weights(tree, paths)
     except RecipeError as fault:
         if tree.partial:
             raise HostError(f"{fault.message}\nin the hub cache of this machine", tree.partial) from fault
         raise
     return Source(
         tree.id, tree.kind, tree.revision, licence_of(tree), entries(tree, (_CONFIG, *paths), hash_file),
-        {component: config}, (*tree.notes, *notes), parameters={component: counted} if counted else {},
+        {component: config}, (*tree.notes, *notes), counts={component: counted} if counted else {},
         place=placing(tree, _CONFIG),
     )  # fmt: skip

@@ -88,7 +88,7 @@ class Source:
     parts      component -> its own source, where the recipe names one; it counts as a folder of this source
     pictures   those that recovery learns on, where the recipe names some; they count as a folder `PICTURES`
     shares     for a single-file source: folder -> bytes of the checkpoint that are this folder's
-    parameters folder -> how many weights it has, where the files are on this disk already
+    counts     folder -> weight -> how many numbers, where the files are on this disk already
     edits      folder -> what had been taken out of a pruned component (see `sdcompile.edits`)
     place      (files, say) -> a folder that holds them
     """
@@ -103,7 +103,7 @@ class Source:
     parts: Mapping[str, Source] = field(default_factory=dict)
     pictures: Source | None = None
     shares: Mapping[str, int] = field(default_factory=dict, repr=False)
-    parameters: Mapping[str, int] = field(default_factory=dict, repr=False)
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict, repr=False)
     edits: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
     place: Callable[[tuple[str, ...], Say], Path] | None = field(default=None, repr=False, compare=False)
 
@@ -134,9 +134,9 @@ class Source:
 
         Of weights still to be downloaded, their size as stored tells (twice that of a half-precision variant).
         """
-        parameters = self.parts.get(folder, self).parameters
-        if folder in parameters:
-            return 4 * parameters[folder]
+        counts = self.parts.get(folder, self).counts
+        if folder in counts:
+            return 4 * sum(counts[folder].values())
         half = re.compile(rf"\.({'|'.join(VARIANTS)})[.-]")
         return sum(
             f.bytes * (2 if half.search(path) else 1)
@@ -191,7 +191,7 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
     faults: list[SdcompileError] = []
     configs: dict[str, dict[str, Any]] = {}
     chosen: list[str] = []
-    parameters: dict[str, int] = {}
+    counts: dict[str, dict[str, int]] = {}
     pruned: dict[str, list[dict[str, Any]]] = {}
     if "model_index.json" not in tree.sizes:
         raise RecipeError(
@@ -212,8 +212,8 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
                     chosen.append(made)
                     pruned[name] = edits.read(tree.get(made).parent)
                     notes += (f"{name}: the source is pruned already; what it computes now is what counts as right",)
-                if counted := parameters_in(tree, files):
-                    parameters[name] = counted
+                if counted := counted_weights(tree, files):
+                    counts[name] = counted
         except SdcompileError as fault:
             faults.append(fault)
     try:
@@ -231,7 +231,7 @@ def read_tree(tree: Tree, folders: tuple[str, ...], hash_file: HashFile, *, weig
 
     return Source(
         tree.id, tree.kind, tree.revision, licence_of(tree), entries(tree, chosen, hash_file), configs, notes,
-        parameters=parameters, edits=pruned, place=placing(tree, "model_index.json"),
+        counts=counts, edits=pruned, place=placing(tree, "model_index.json"),
     )  # fmt: skip
 
 
@@ -309,20 +309,18 @@ def _shards(tree: Tree, inside: str, index: str) -> list[str]:
     return [f"{inside}{shard}" for shard in shards]
 
 
-def parameters_in(tree: Tree, files: Iterable[str]) -> int:
-    """How many weights `files` hold, 0 where they are not on this disk yet (their sha256 is told instead).
+def counted_weights(tree: Tree, files: Iterable[str]) -> dict[str, int]:
+    """Name -> how many numbers, of the weights in `files`; of none that are not on this disk yet (their sha256 is
+    told instead).
 
     Raises RecipeError for one that is cut short or is no safetensors file.
     """
-    return sum(
-        count_parameters(check_safetensors(tree.get(path), f"source {tree.name}: {path}"))
+    return {
+        name: math.prod(entry["shape"])
         for path in files
         if path.endswith(".safetensors") and path not in tree.hashes
-    )
-
-
-def count_parameters(header: Mapping[str, Mapping[str, Any]]) -> int:
-    return sum(math.prod(entry["shape"]) for entry in header.values())
+        for name, entry in check_safetensors(tree.get(path), f"source {tree.name}: {path}").items()
+    }
 
 
 def check_safetensors(file: Path, name: str) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ the file lacks is an error, never noise, and dtypes stay as stored.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import weakref
@@ -18,16 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdcompile.errors import RecipeError, StageError
 from sdcompile.spec import Say
-from sdcompile.steps.layout import (
-    CHECKPOINT,
-    HashFile,
-    Source,
-    SourceFile,
-    Tree,
-    check_safetensors,
-    count_parameters,
-    read_tree,
-)
+from sdcompile.steps.layout import CHECKPOINT, HashFile, Source, SourceFile, Tree, check_safetensors, read_tree
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,8 +57,9 @@ def describe(
         )
         for folder in folders if folder in PREFIXES
     }  # fmt: skip
-    parameters = {
-        folder: count_parameters({name: e for name, e in header.items() if name.startswith(PREFIXES[folder])})
+    # Under the old names, which are not those that recipes name weights by.
+    counts = {
+        folder: {"": sum(math.prod(e["shape"]) for name, e in header.items() if name.startswith(PREFIXES[folder]))}
         for folder in shares
     }
     lacking = [folder for folder in folders if not shares.get(folder)]
@@ -99,7 +92,7 @@ def describe(
         licence=None,  # the configs' licence says nothing of these weights
         files={CHECKPOINT: whole, **configs.files},
         shares=shares,
-        parameters=parameters,
+        counts=counts,
         place=_Staging(path.resolve(), tree.get),
     )
 

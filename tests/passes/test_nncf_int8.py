@@ -11,6 +11,7 @@ import pytest
 
 from sdcompile.errors import StageError
 from sdcompile.passes import nncf_int8
+from sdcompile.passes.base import Setting
 from sdcompile.samples import Samples, Writer
 from sdcompile.spec import Job
 
@@ -548,7 +549,8 @@ def test_the_plan_s_figures_hold_what_was_measured():
 
     unet = int(3.2 * memory.GIB)
     for smooth, gib in ((False, 7.4), (True, 10.9)):
-        assert memory.needed(nncf_int8.PASS.memory(nncf_int8.Params(smooth_quant=smooth)), unet) > gib * memory.GIB
+        needs = nncf_int8.PASS.memory(nncf_int8.Params(smooth_quant=smooth), Setting({}, None, {}, {}))
+        assert memory.needed(needs, unet) > gib * memory.GIB
     assert nncf_int8.PASS.disk >= 2.27, "the graph with pairs in fp32, its weights rounded, and the result"
 
 
