@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -306,6 +307,32 @@ def test_a_stream_whose_layers_keep_different_twins_is_lost(twins):
         found.append(snr_db(wanted, empty(x, t, told).sample))
     assert found[0] > 90
     assert found[1] < 30
+
+
+def test_a_narrower_time_embedding_takes_no_weights_that_all_but_cancel(monkeypatch):
+    """They would fit as well, and a bf16 engine, which rounds the sinusoids, would miss by what they amplify."""
+    import torch
+    from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+    from sdcompile.passes import width
+
+    torch.manual_seed(0)
+    old, thin = (
+        SimpleNamespace(time_proj=Timesteps(count, True, 0), time_embedding=TimestepEmbedding(count, 64))
+        for count in (64, 48)
+    )
+    times, found = torch.arange(1000.0), []
+    with torch.no_grad():
+        wanted = old.time_embedding.linear_1(old.time_proj(times))
+        for ridge in (width._RIDGE, 1e-9):
+            monkeypatch.setattr(width, "_RIDGE", ridge)
+            width.refit_time(old, thin)
+            layer, reads = thin.time_embedding.linear_1, thin.time_proj(times)
+            found.append((snr_db(wanted, layer(reads)), snr_db(layer(reads), layer(reads.bfloat16().float()))))
+    (fit, rounded), (closest, amplified) = found
+    assert fit > closest - 0.5
+    assert rounded > 50
+    assert amplified < rounded - 15, "the sibling: least squares alone"
 
 
 def _add_twins(thin: Any, wiring: Any) -> None:
