@@ -57,7 +57,9 @@ def _collect(theirs: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any
         weights = {tensor.name: tensor for tensor in model.graph.initializer}
         for point in (point for points in everything.values() for point in points):
             target = point.target_point
-            name = self.node_mapping[target.target_node_name].input[target.port_id] if _of_weight(target) else None
+            # The port of another kind of point may be one of the node's outputs.
+            weight = target.is_weight_target_point()
+            name = self.node_mapping[target.target_node_name].input[target.port_id] if weight else None
             if name in weights:
                 alone = StatisticPointsContainer({target.target_node_name: [point]})
                 self._register_statistics({name: Tensor(get_array_from_tensor(model, weights[name]))}, alone)
@@ -68,10 +70,6 @@ def _collect(theirs: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any
         self.statistic_points = everything
 
     return collect
-
-
-def _of_weight(target: Any) -> bool:
-    return bool(target.is_weight_target_point())
 
 
 @contextmanager

@@ -31,8 +31,9 @@ REVISION = 2
 
 _RIDGE = 1e-3
 """Of the time embedding, over the mean square of what it reads. Sinusoids of neighbouring frequencies are so alike that
-least squares alone takes weights that all but cancel: they fit no better (0.1 dB), and make an engine in bf16, which
-rounds what they read, miss by 10 to 20 dB more (from 240 of 320 sinusoids, 1e-6: weights 460 times the power)."""
+least squares alone takes weights that all but cancel, which bf16 cannot hold. With 256 of SD 1.5's 320 (random
+weights) and 1e-6 they have 462 times the source's power, and sinusoids rounded to bf16 leave 29.9 dB; with this 0.85
+times, and 57.4 dB. Over all timesteps that fits within 0.2 dB as well."""
 
 _TIMESTEPS = 1000
 """Those that every Stable Diffusion was trained on."""

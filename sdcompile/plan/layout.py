@@ -92,7 +92,7 @@ def resolve(
         # With fallbacks, what would have learned on them may have lost its race.
         faults.append(
             "calibrate.pictures: nothing in this recipe learns on pictures; `prune: {..., recover: {...}}` of a "
-            "component does, but with `renoise: 0`"
+            "component does, unless it says `renoise: 0`"
         )
     _refuse(recipe, faults)
 

@@ -55,7 +55,6 @@ class CalibrateRecipe(Part):
     max_samples: Annotated[Whole, Field(ge=4, le=100_000)] = Field(
         default=128, description="Calls to keep of each component, spread evenly over trajectories and timesteps."
     )
-
     pictures: String | None = Field(
         default=None,
         description="A folder of pictures (PNG, JPEG, WebP) that `prune: {recover: ...}` learns on besides "

@@ -20,6 +20,7 @@ from sdcompile.backends import BACKENDS, Engine, Host
 from sdcompile.bundle import TokenizerEntry
 from sdcompile.errors import RecipeError, StageError
 from sdcompile.families import FAMILIES
+from sdcompile.runtime.conditions import picture
 from sdcompile.runtime.tokens import Tokenizer
 from sdcompile.samples import write_pictures
 from sdcompile.spec import ComponentSpec, Job
@@ -147,8 +148,7 @@ def _pixels(path: Path, height: int, width: int) -> NDArray[np.float32]:
             fitted = ImageOps.fit(_opaque(ImageOps.exif_transpose(opened)), (width, height), Image.Resampling.LANCZOS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise StageError(f"{path.name} is no picture that can be read: {error}", "mend it, or take it out") from error
-    pixels = np.asarray(fitted, np.float32).transpose(2, 0, 1)[None] / np.float32(127.5) - np.float32(1)
-    return np.ascontiguousarray(pixels)
+    return picture("the picture", fitted, height, width)
 
 
 def _opaque(image: Image) -> Image:
