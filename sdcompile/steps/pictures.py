@@ -141,13 +141,15 @@ def _latents(engine: Engine, path: Path, params: Mapping[str, Any]) -> NDArray[n
 
 def _pixels(path: Path, height: int, width: int) -> NDArray[np.float32]:
     """The picture (1, 3, H, W) in [-1, 1]; what is longer than these proportions is cut on both ends."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as opened:
             fitted = ImageOps.fit(_opaque(ImageOps.exif_transpose(opened)), (width, height), Image.Resampling.LANCZOS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise StageError(f"{path.name} is no picture that can be read: {error}", "mend it, or take it out") from error
+        # Pillow's words for a format it does not know are a path in the store, which nobody has put there.
+        why = "damaged, or another format" if isinstance(error, UnidentifiedImageError) else error
+        raise StageError(f"{path.name} is no picture that can be read: {why}", "mend it, or take it out") from error
     return picture("the picture", fitted, height, width)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -169,11 +170,12 @@ def test_sixteen_bits_are_made_eight_and_what_is_transparent_white(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.png", b"no picture", r"a\.png is no picture that can be read"),
+        ("a.png", b"no picture", r"a\.png is no picture that can be read: damaged, or another format$"),
         ("a.txt", b"\xff\xfe\xff", r"a\.txt is no UTF-8 text"),
     ],
 )
 def test_what_cannot_be_read_is_named(folder, encoded, name, content, words):
     (folder / name).write_bytes(content)
-    with pytest.raises(StageError, match=words):
+    with pytest.raises(StageError) as caught:
         encoded(folder)
+    assert re.search(words, caught.value.message)
