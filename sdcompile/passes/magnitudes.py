@@ -40,12 +40,12 @@ def largest(
         outputs = [f"largest_{index}" for index in range(len(values))]
         for number, name in enumerate(names):
             say(f"ranges, sample {number + 1} of {len(names)}", number / len(names))
-            answers = session.run(outputs, dict(samples[name].feeds))
-            for value, answer in zip(values, map(float, answers), strict=True):
-                if math.isnan(answer):
-                    found[value] = math.inf
-                elif answer < MASK:
-                    found[value] = max(found[value], answer)
+            for feeds in calculator.calls(session, samples[name].feeds):
+                for value, answer in zip(values, map(float, session.run(outputs, feeds)), strict=True):
+                    if math.isnan(answer):
+                        found[value] = math.inf
+                    elif answer < MASK:
+                        found[value] = max(found[value], answer)
     return found
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sdcompile.passes.sensitivity import Judge
     from sdcompile.samples import Samples
 
-REVISION = 8
+REVISION = 9
 
 SENSITIVITY = "sensitivity.json"
 
@@ -335,11 +335,13 @@ def _quantized(source: Path, fit: Samples, job: Job, params: Params, ignored: Co
         names = list(fit.rows)
         count = min(params.max_samples, len(names))
         job.say(f"fitting int8 ranges to {count} samples", None)
+        model = onnx.load(source, load_external_data=False)
+        rows = list(_rows(model, fit, [names[i * len(names) // count] for i in range(count)]))
         try:
             return nncf.quantize(
-                onnx.load(source, load_external_data=False),
-                nncf.Dataset([names[i * len(names) // count] for i in range(count)], lambda n: dict(fit[n].feeds)),
-                subset_size=count,
+                model,
+                nncf.Dataset(rows, lambda row: {name: array[row[1]] for name, array in fit[row[0]].feeds.items()}),
+                subset_size=len(rows),
                 # NNCF 3.4 makes every zero point 0 for a transformer with the performance preset only; with
                 # another model type it takes uint8 for activations that are never negative.
                 preset=nncf.QuantizationPreset.PERFORMANCE if params.symmetric else nncf.QuantizationPreset.MIXED,
@@ -350,6 +352,16 @@ def _quantized(source: Path, fit: Samples, job: Job, params: Params, ignored: Co
             )
         except (nncf.ValidationError, nncf.InternalError, nncf.UnsupportedModelError) as error:
             raise StageError(f"{job.component}: NNCF cannot quantize this graph: {error}") from error
+
+
+def _rows(model: onnx.ModelProto, fit: Samples, names: list[str]) -> Iterator[tuple[str, slice]]:
+    """(sample, rows of it) for every call that ranges are fitted to."""
+    from sdcompile.passes import calculator
+
+    inputs = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input]
+    for name in names:
+        shapes = [shape for key, shape in fit.shapes(name).items() if key.startswith("in.")]
+        yield from ((name, rows) for rows in calculator.parts(shapes, inputs))
 
 
 def _parameters(model: Any) -> int:

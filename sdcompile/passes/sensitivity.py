@@ -93,7 +93,8 @@ def answers(path: Path, samples: Samples, names: Sequence[str]) -> Iterator[dict
     session = calculator.session(path)
     outputs = [output.name for output in session.get_outputs()]
     for name in names:
-        yield dict(zip(outputs, session.run(outputs, dict(samples[name].feeds)), strict=True))
+        rows = [session.run(outputs, feeds) for feeds in calculator.calls(session, samples[name].feeds)]
+        yield dict(zip(outputs, map(np.concatenate, zip(*rows, strict=True)), strict=True))
 
 
 def snr_by_region(noise: Noise, regions: Sequence[str | None]) -> dict[str, float]:

@@ -44,7 +44,7 @@ OPS: dict[str, Op] = {
     "pictures": Op("sdcompile.steps.pictures", "calibrate", "samples", packages=(*_TORCH, "pillow")),
     "race": Op("sdcompile.steps.race", "compile", "race", revision=2, host=True),
     "record": Op("sdcompile.steps.record", "verify", "samples", revision=3, packages=_TORCH),
-    "engine": Op("sdcompile.steps.verify", "verify", "report", revision=3, host=True),
-    "images": Op("sdcompile.steps.verify_images", "verify", "report", revision=3, host=True),
+    "engine": Op("sdcompile.steps.verify", "verify", "report", revision=4, host=True),
+    "images": Op("sdcompile.steps.verify_images", "verify", "report", revision=4, host=True),
     "bundle": Op("sdcompile.steps.package", "package", "bundle", revision=7),
 }

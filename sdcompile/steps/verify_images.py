@@ -48,16 +48,16 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     cards = {name: read_card(inputs[name], backend) for name, backend in backends.items()}
     unrun = {name: how["stand_in"] for name, how in job.params.get("how", {}).items() if "stand_in" in how}
     with tempfile.TemporaryDirectory(dir=out, prefix="standing-in-") as scratch:
-        engines = {name: (backend, inputs[name]) for name, backend in backends.items()}
+        engines = {name: (BACKENDS[backend], inputs[name]) for name, backend in backends.items()}
         for name in unrun:
             made = standing_in.build(cards[name], inputs[f"onnx.{name}"], Path(scratch) / name)
-            engines[name] = (STAND_IN, made)
+            engines[name] = (standing_in.BACKEND, made)
 
         broken: list[str] = []
 
         def open_engine(component: str) -> Engine:
             backend, folder = engines[component]
-            return _Watched(BACKENDS[backend].open(folder, Host()), component, broken)
+            return _Watched(backend.open(folder, Host()), component, broken)
 
         with Pipeline(model_of(job.params, inputs, job), open_engine, low_memory=True) as pipeline:
             report = judge(

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sdcompile.backends import onnxruntime
 from sdcompile.backends.base import Card, write_card
-from sdcompile.passes import PASSES
+from sdcompile.passes import PASSES, calculator
 from sdcompile.samples import Writer
 from sdcompile.spec import ComponentSpec, Job, Range, TensorSpec
 from sdcompile.steps import verify, verify_images
-from sdcompile.steps.report import fault, stood_in
+from sdcompile.steps.report import fault, reports, stood_in
 
 pytestmark = pytest.mark.tiny
 onnx = pytest.importorskip("onnx")
@@ -25,8 +26,8 @@ SHAPES = {"B": Range(1, 2, 4)}
 CLAIMS = {"engines": {"portable": {"claims": [{"claim": "it is", "found": "so", "holds": True}]}}}
 
 
-def save(folder: Path, gain: float = 1.0, bias: float = 0.0) -> Path:
-    """y = (x W * gain) / gain + bias + a mask that is minus infinity nowhere it counts."""
+def save(folder: Path, gain: float = 1.0, bias: float = 0.0, mixed: float = 0.0) -> Path:
+    """y = (x W * gain) / gain + bias + a mask that is minus infinity nowhere it counts + `mixed` of all rows' mean."""
     from onnx import TensorProto, helper, numpy_helper
 
     random = np.random.default_rng(0)
@@ -34,6 +35,7 @@ def save(folder: Path, gain: float = 1.0, bias: float = 0.0) -> Path:
     weights = {
         "w": random.standard_normal((8, 8)).astype(np.float32), "gain": np.float32(gain), "bias": np.float32(bias),
         "mask": np.where(np.arange(8) < 8, mask, -np.inf).astype(np.float32), "far": np.float32(-1e38),
+        "mixed": np.float32(mixed), "rows": np.array([0]),
     }  # fmt: skip
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["product"], name="net.linear/MatMul_0"),
@@ -41,11 +43,21 @@ def save(folder: Path, gain: float = 1.0, bias: float = 0.0) -> Path:
         helper.make_node("Div", ["large", "gain"], ["small"], name="net.scale/Div_0"),
         helper.make_node("Add", ["small", "bias"], ["shifted"], name="net.bias/Add_0"),
         helper.make_node("Mul", ["mask", "far"], ["masked"], name="net.mask/Mul_0"),
-        helper.make_node("Sub", ["shifted", "masked"], ["y"], name="net.mask/Sub_0"),
+        helper.make_node("Sub", ["shifted", "masked"], ["y" if not mixed else "own"], name="net.mask/Sub_0"),
     ]
+    if mixed:
+        nodes += [
+            helper.make_node("ReduceMean", ["x", "rows"], ["mean"], name="net.mix/ReduceMean_0"),
+            helper.make_node("Mul", ["mean", "mixed"], ["part"], name="net.mix/Mul_0"),
+            helper.make_node("Add", ["own", "part"], ["y"], name="net.mix/Add_0"),
+        ]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("B", 8)) for name in ("x", "y")]
     graph = helper.make_graph(
-        nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items()]
+        nodes,
+        "g",
+        ends[:1],
+        ends[1:],
+        [numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items() if mixed or n not in ("mixed", "rows")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     folder.mkdir(parents=True)
@@ -53,9 +65,9 @@ def save(folder: Path, gain: float = 1.0, bias: float = 0.0) -> Path:
     return folder
 
 
-def report(folder: Path, *, gain: float = 1.0, wrong: float = 0.0, table: dict = CLAIMS) -> dict:
+def report(folder: Path, *, gain: float = 1.0, wrong: float = 0.0, mixed: float = 0.0, table: dict = CLAIMS) -> dict:
     """Verify an fp16 engine of tensorrt_rtx that no GPU runs; `wrong` is added to what the engine was built from."""
-    exported = save(folder / "exported", gain)
+    exported = save(folder / "exported", gain, mixed=mixed)
     typed, engine, out = folder / "typed", folder / "engine", folder / "out"
     for path in (typed, engine, out):
         path.mkdir()
@@ -129,6 +141,54 @@ def test_a_bundles_layer_tables_are_read_again_when_it_is_verified_again(tmp_pat
         (folder / "layers.json").write_text(json.dumps(one_product(computes)))
         again = verify.recheck(tmp_path, manifest, tmp_path)["unet"]  # type: ignore[arg-type]
         assert again["passed"] is passed
+
+
+@pytest.mark.parametrize(("positions", "largest"), [(4096, 4), (1, 1), (3, 2)])
+def test_large_calls_are_made_a_few_rows_at_a_time(positions, largest, tmp_path, monkeypatch):
+    monkeypatch.setattr(calculator, "POSITIONS", positions)
+    sizes = []
+    plain = onnxruntime.OnnxRuntimeEngine.__call__
+
+    def spied(self, feeds):
+        sizes.append(len(feeds["x"]))
+        return plain(self, feeds)
+
+    monkeypatch.setattr(onnxruntime.OnnxRuntimeEngine, "__call__", spied)
+    found = report(tmp_path)
+    assert found["passed"]
+    assert max(sizes) == largest
+    assert sum(sizes) >= 1 + 2 + 2 + 4
+    assert found["ranges"]["values"] == 5
+    if positions == 4096:
+        assert found["whole"] is None
+    else:
+        assert found["whole"]["passed"]
+        assert found["whole"]["snr_db"] > 100
+        assert found["whole"]["rows"] > largest
+
+
+def test_a_graph_of_fixed_rows_is_called_with_all_of_them():
+    assert calculator.parts([(2, 4, 64, 64), (2,)], [("R", 4, 64, 64), ("R",)]) == [slice(0, 1), slice(1, 2)]
+    assert calculator.parts([(2, 4, 64, 64), (2,)], [(2, 4, 64, 64), (2,)]) == [slice(0, 2)]
+    assert calculator.parts([(5, 4, 32, 64), (5,)], [("R", 4, 32, 64), ("R",)]) == [
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 6),
+    ]
+    assert calculator.rows_at_once([(2, 4, 128, 128)]) == 1, "a row is never cut"
+
+
+def test_rows_that_depend_on_each_other_are_found_though_they_are_computed_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(calculator, "POSITIONS", 1)
+    found = report(tmp_path, mixed=0.02)
+    assert found["worst"]["passed"], "so little is within the floor of fp16"
+    assert not found["passed"]
+    assert found["whole"]["rows"] in (2, 4)
+    assert found["whole"]["snr_db"] < 60
+    told = fault(found).message
+    assert "rows at once otherwise than one after the other" in told
+    _, junit = reports({"unet": found})
+    assert "rows at once otherwise" in junit
 
 
 def test_another_function_than_the_reference_is_found_out_and_blamed_on_the_onnx(tmp_path):
