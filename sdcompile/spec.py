@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-Kind = Literal["checkpoint", "onnx", "engine", "tokenizer", "tables", "samples", "report", "race", "bundle"]
+Kind = Literal["checkpoint", "onnx", "engine", "tokenizer", "tables", "samples", "report", "race", "effects", "bundle"]
 Stage = Literal["fetch", "prune", "export", "calibrate", "quantize", "compile", "verify", "package"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 

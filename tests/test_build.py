@@ -167,6 +167,25 @@ def test_pruning_that_does_not_win_is_left_out_and_the_bundle_says_what_was_meas
     assert "unet: int8 is 1.25 times as fast as bf16" in own.run("inspect", own.bundle()).stdout
 
 
+def test_what_each_pass_changed_stands_beside_it_in_the_bundle(own):
+    """From plan to manifest, with engines that compute nothing and passes that change no function."""
+    passes = "components.unet.prune={sliced_attention: {slices: {1: 4}}}"
+    own.build(passes)
+    (plain,) = json.loads((own.bundle() / "manifest.json").read_text())["components"]["unet"]["effects"]
+    assert not {"cpu_ms", "alignment"} & set(plain)
+    assert "unet.verify.each_pass" in made(own.build(passes, "verify.each_pass=true"))
+    entry = json.loads((own.bundle() / "manifest.json").read_text())["components"]["unet"]
+    (effect,) = entry["effects"]
+    assert effect == {**plain, **{key: effect[key] for key in ("call_ms", "cpu_ms", "alignment")}}
+    assert min(*effect["call_ms"], *effect["cpu_ms"]) > 0
+    told = effect["alignment"]
+    assert told["prompts"] > 50
+    assert told["after"] == told["before"], "the same function draws the same pictures"
+    assert told["change"] == told["error"] == 0
+    assert "0.000 ± 0.000" in own.run("inspect", own.bundle()).stdout
+    assert made(own.build(passes, "verify.each_pass=true")) == set()
+
+
 def test_a_changed_field_makes_again_only_what_depends_on_it(own):
     assert made(own.build("components.unet.precision=fp16")) == {"unet.compile.stub", "pipeline.package.bundle"}
 

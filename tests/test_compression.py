@@ -682,6 +682,40 @@ def test_groups_are_not_told_apart_where_the_recipe_does_not_want_it(plan):
     assert steps["unet.compile.race"].job.params["groups"] is False
 
 
+EACH = "verify.each_pass=true"
+PASSES_OF = "components.unet.prune={shorten: {ratio: 0.25}, heal: {}}"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_each_pass_has_an_engine_before_and_after_it_where_that_is_asked_for(plan, precision):
+    asked = f"components.unet.precision={precision}"
+    steps, plain = plan(INT8, asked, PASSES_OF, EACH), plan(INT8, "components.unet.precision=bf16")
+    told = steps["unet.verify.each_pass"]
+    stations = [steps[told.inputs[f"station.{n}"]] for n in range(len(told.inputs))]
+    quantizer = ["nncf_int8"] * (precision == "int8")
+    assert told.job.params["passes"] == ["shorten", "heal", *quantizer]
+    assert len(stations) == 1 + len(told.job.params["passes"])
+    assert stations[0].key == plain["unet.compile.openvino"].key, "the source, in the precision of what is not int8"
+    assert {step.op for step in stations} == {"openvino"}
+    assert len({step.key for step in stations}) == len(stations)
+    assert stations[-1].name == "unet.compile.openvino", "at last the engine that is built anyway"
+    made_of = [steps[steps[step.inputs["onnx"]].inputs["checkpoint"]].op for step in stations[1:3]]
+    assert made_of == ["shorten", "heal"]
+    assert "prompts" not in told.job.params, "only of the tiny model is it known what a picture should show"
+    assert steps["pipeline.package.bundle"].inputs["apart.unet"] == told.name
+    assert "each_pass" not in {step.op for step in plan(INT8, asked, PASSES_OF)}
+
+
+def test_no_pass_is_told_apart_where_there_is_none_or_engines_cannot_run(plan, source):
+    assert "each_pass" not in {step.op for step in plan(INT8, "components.unet.precision=bf16", EACH)}
+    first = plan(INT8, "backend=tensorrt_rtx", "precision=fp16", EACH)
+    assert "each_pass" in {step.op for step in first}
+    probes = {name: Probe(available=True, cannot_run="no driver") for name in BACKENDS}
+    steps = resolve(first.recipe, source, Machine({}, probes, {"machine": "x86_64"}))
+    assert "each_pass" not in {step.op for step in steps}
+    assert "what each pass changes in time is not measured where engines cannot run: tensorrt_rtx" in steps.notes
+
+
 EFFECTS = {
     "unet": {
         "passes": [
@@ -708,6 +742,21 @@ def test_what_passes_did_is_shown_at_the_end_of_a_build(capsys, monkeypatch):
     assert "25.5 / 30.0 / 24.0" in shown
     assert "90 of 100 in int8; for the budget in float: conv_in, a, b and 1 more" in shown
     assert "int8 is 1.23 times as fast as bf16" in shown
+    assert "alignment" not in shown
+
+
+def test_what_each_pass_changed_is_shown_beside_it_where_it_was_measured(capsys, monkeypatch):
+    from sdcompile import console
+
+    scored = {"prompts": 64, "before": 0.98, "after": 0.95, "change": -0.03, "error": 0.01}
+    shorten, int8 = EFFECTS["unet"]["passes"]
+    passes = [{**shorten, "cpu_ms": [8.0, 6.0], "alignment": scored}, {**int8, "cpu_ms": [6.0, 6.6]}]
+    monkeypatch.setenv("COLUMNS", "200")
+    told = {"unet": {"passes": passes, "races": []}}
+    console.show_result({"reports": {}, "fallbacks": {}, "bundle": None, "folders": {}, "effects": told})
+    first, second = (line for line in capsys.readouterr().out.splitlines() if " unet " in line)
+    assert "0.75 of 8 ms   0.950 (-0.030 ± 0.010)" in first
+    assert "1.10 of 6 ms" in second
 
 
 def test_sensitivity_is_a_chart_with_the_worst_group_first(capsys, monkeypatch):

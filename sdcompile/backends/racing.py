@@ -15,6 +15,9 @@ from sdcompile.backends.base import Card, Engine
 if TYPE_CHECKING:
     import numpy as np
 
+TOGETHER_BYTES = 500_000_000
+"""Engines of less than this between them are open at the same time; larger ones are timed one after the other."""
+
 _CALLS, _BLOCK_S = 9, 5.0
 
 Timing = dict[str, float]
@@ -27,12 +30,12 @@ tenfold where processor time moved a fifth (measured).
 
 
 def race(
-    rivals: Mapping[str, Callable[[], Engine]], feeds: Mapping[str, np.ndarray], *, together: bool
+    rivals: Mapping[str, Callable[[], Engine]], feeds: Mapping[str, np.ndarray], *, together: bool, calls: int = _CALLS
 ) -> dict[str, Timing]:
     """Time each rival (name -> how to open it) on `feeds`.
 
     `together` keeps all of them open and lets them take turns call by call; without it each is
-    opened, timed and closed before the next, so that memory holds one at a time. A rival gets nine
+    opened, timed and closed before the next, so that memory holds one at a time. A rival gets so many
     calls, or as many as fit into five seconds.
     """
     first: dict[str, float] = {}
@@ -46,7 +49,7 @@ def race(
             engines[name](feeds)
             first[name] = 1000 * (time.process_time() - begin)
         start = time.perf_counter()
-        for _ in range(_CALLS):
+        for _ in range(calls):
             for name, engine in engines.items():
                 wall_ms, cpu_ms = _clocked(engine, feeds)
                 wall[name].append(wall_ms)

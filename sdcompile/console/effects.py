@@ -13,7 +13,13 @@ from sdcompile.console.terminal import size
 
 def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
     """What each pass did to each component, and whether int8 and pruning won."""
-    table = grid("component", "pass", "parameters", "size", "SNR early / mid / late", "", right=("parameters", "size"))
+    passes = [effect for row in components.values() for effect in row["passes"]]
+    # Only where a build told passes apart (`verify: {each_pass: true}`).
+    more = {"call": time_of_call, "alignment": alignment}
+    more = {name: tell for name, tell in more.items() if any(map(tell, passes))}
+    table = grid(
+        "component", "pass", "parameters", "size", "SNR early / mid / late", *more, "", right=("parameters", "size")
+    )
     for name, row in components.items():
         for effect in row["passes"]:
             (before, after), (old, new) = effect["parameters"], effect["bytes"]
@@ -21,12 +27,25 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
             table.add_row(
                 Text(name), effect["pass"], f"{after / 1e6:.2f} M{of}",
                 f"{size(new)} of {size(old)}", " / ".join(f"{level:.1f}" for level in effect["snr_db"].values()),
+                *(tell(effect) for tell in more.values()),
                 Text(_quantized(effect) or _kept(effect) or _widths(effect) + _work(effect)),
             )  # fmt: skip
     yield table
     for name, row in components.items():
         for race in row["races"]:
             yield f"{name}: {won(race)}"
+
+
+def time_of_call(effect: Facts) -> str:
+    """Before and after a pass, by processor time, which other work on the machine disturbs least; "" = not measured."""
+    before, after = effect.get("cpu_ms", (0, 0))
+    return f"{after / before:.2f} of {before:.3g} ms" if before else ""
+
+
+def alignment(effect: Facts) -> str:
+    """The tiny model's, after a pass, and by how much that is another than before it; "" = not measured."""
+    told = effect.get("alignment")
+    return f"{told['after']:.3f} ({told['change']:+.3f} ± {told['error']:.3f})" if told else ""
 
 
 def won(race: Facts) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompile import __version__, bundle
-from sdcompile.console.effects import won
+from sdcompile.console.effects import alignment, time_of_call, won
 from sdcompile.errors import RecipeError
 from sdcompile.measure import charts, html, pictures, tables
 from sdcompile.measure.tables import Table, number
@@ -210,12 +210,22 @@ def _compression(folder: Path, manifest: bundle.Manifest) -> Iterator[str]:
     """Effects of passes, races, and what it costs in each group of layers where that was measured."""
     rows = tuple(
         (name, effect["pass"], *(_of(effect.get(key)) for key in ("parameters", "bytes", "macs")),
-         ", ".join(f"{region} {level:.1f}" for region, level in effect["snr_db"].items()) or "-")
+         ", ".join(f"{region} {level:.1f}" for region, level in effect["snr_db"].items()) or "-",
+         time_of_call(effect) or "-", alignment(effect) or "-")
         for name, entry in manifest.components.items()
         for effect in entry.effects
     )  # fmt: skip
     if rows:
-        columns = ("component", "pass", "parameters", "bytes", "multiply-accumulates", "SNR dB by timestep region")
+        columns = (
+            "component",
+            "pass",
+            "parameters",
+            "bytes",
+            "multiply-accumulates",
+            "SNR dB by timestep region",
+            "call (processor time)",
+            "alignment",
+        )
         yield html.table(Table("", columns, rows))
     for name, entry in manifest.components.items():
         for race in entry.races:

@@ -374,9 +374,9 @@ def _bytes(folder: Path) -> int:
 
 
 def _memory(params: Params, setting: Setting) -> tuple[float, float]:
-    """Measured on SD 1.5, a UNet of 3.2 GiB, which stays mapped: 6.9 to 7.4 GiB, with attention's products as well.
+    """Measured on SD 1.5, a UNet of 3.2 GiB, which stays mapped: 6.1 GiB, a little more with attention's products.
     SmoothQuant changes weights, which NNCF then holds in the graph and in copies of it: 10.9 GiB."""
-    return (3.3, 0.8) if params.smooth_quant else (2.2, 0.8)
+    return (3.3, 0.8) if params.smooth_quant else (1.8, 0.8)
 
 
 PASS = Pass(

@@ -26,6 +26,7 @@ class Road(NamedTuple):
     passes  the passes, in order
     plain   the exported ONNX that no pass has touched
     races   those against the same unquantized, unpruned, where a stage must win: {"quantize": ..., "prune": ...}
+    stations  where each pass is to be told apart: (pass, the engine after it) in order, the first ("", before any)
     """
 
     forms: dict[str, str]
@@ -33,6 +34,7 @@ class Road(NamedTuple):
     engine: str
     plain: str | None = None
     races: Mapping[str, str] = MappingProxyType({})
+    stations: tuple[tuple[str, str], ...] = ()
 
 
 _SHARED_STAGES = frozenset({"fetch", "prune", "export", "calibrate"})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sdcompile import edits
 from sdcompile.errors import RecipeError
 from sdcompile.families import FAMILIES, Family
+from sdcompile.passes import quantization
 from sdcompile.passes.base import Setting
 from sdcompile.plan import memory, stepcaching, widths
 from sdcompile.plan.choice import Choice, choose
@@ -21,7 +22,7 @@ from sdcompile.plan.packaging import Way, package
 from sdcompile.plan.passing import faults_of_passes
 from sdcompile.plan.sampling import fitting, samplers
 from sdcompile.plan.steps import SOURCE, Machine, Plan
-from sdcompile.plan.verification import calibration, pictures, verification
+from sdcompile.plan.verification import calibration, pictures, told_apart, verification
 from sdcompile.recipe import Recipe
 from sdcompile.spec import PIPELINE, ComponentSpec, Precision, Shapes
 
@@ -106,11 +107,14 @@ def resolve(
             roads[name] = _component(
                 draft, name, choice, modules.get(family.plain(name)), specs[name], settings[name], facts,
                 {**given, "teacher": made_of}, max(recipe.opset, choice.opset), source.fp32_bytes(folder),
+                each_pass=one.verify.each_pass and name != family.shallow,
             )  # fmt: skip
         reports = verification(draft, one, choices, specs, shapes, roads, reference)
-        ways[target] = Way(choices, roads, reports)
+        ways[target] = Way(choices, roads, reports, told_apart(draft, one, choices, shapes, roads, shared))
         used = dict.fromkeys(choice.backend.name for choice in choices.values())
         notes += [f"{name}: {note}" for name in used for note in machine.probes[name].notes]
+        if one.verify.each_pass and (unrun := [name for name in used if machine.probes[name].cannot_run]):
+            notes.append(f"what each pass changes in time is not measured where engines cannot run: {', '.join(unrun)}")
     # A target that fell back may have become another one; that is no fault of the recipe.
     _refuse(recipe, _twins(ways) if not fallbacks else [])
     draft.target = ""
@@ -178,6 +182,8 @@ def _component(
     named: Mapping[str, str],
     opset: int,
     size: int,
+    *,
+    each_pass: bool,
 ) -> Road:
     """The road of one component from checkpoint to engine, and past a rival where int8 or pruning must win.
 
@@ -257,7 +263,15 @@ def _component(
     if choice.accept is not None:
         other, told = made(plain, rival, variant), {**choice.accept, "of": "quantize"}
         races["quantize"] = race(road.engine, other.engine, told, graph=forms["onnx"], precision=choice.precision)
-    return road._replace(passes=(*passes, *road.passes), races=races)
+    stations: list[tuple[str, str]] = []
+    if each_pass and not draft.machine.probes[choice.backend.name].cannot_run and (passes or choice.rest):
+        # A pass of the prune stage is told before anything is quantized, as its race is.
+        for step in (checkpoint, *passes):
+            op = draft.steps[step].op if step != checkpoint else ""
+            stations.append((op, made({"checkpoint": step}, rival, f"after-{op}" if op else "unpruned").engine))
+        quantizer = next((p.record.name for p in choice.passes if quantization((p.record.name,))), None)
+        stations += [(quantizer, road.engine)] if quantizer else []
+    return road._replace(passes=(*passes, *road.passes), races=races, stations=tuple(stations))
 
 
 def _faults_of_defaults(recipe: Recipe, shapes: Shapes) -> list[str]:

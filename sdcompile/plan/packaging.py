@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 class Way(NamedTuple):
-    """One target of a recipe laid out: component -> choice, road and report step."""
+    """One target of a recipe laid out: component -> choice, road, report step, and the step that tells passes apart."""
 
     chosen: Mapping[str, Choice]
     roads: Mapping[str, Road]
     reports: Mapping[str, str]
+    apart: Mapping[str, str]
 
 
 def package(
@@ -68,6 +69,7 @@ def package(
             inputs |= {f"pass.{label}.{draft.steps[step].op}": step for step in road.passes}
             inputs |= {f"race.{label}.{stage}": step for stage, step in road.races.items()}
         inputs |= {f"report.{at_target(name, target)}": step for name, step in way.reports.items()}
+        inputs |= {f"apart.{at_target(name, target)}": step for name, step in way.apart.items()}
     draft.add(PIPELINE, "bundle", {**inputs, **shared}, params, shapes=shapes, disk=4 << 20)
 
 

@@ -168,7 +168,11 @@ def verification(
                 "own_floor": _own_floor(recipe, name, choice), **_how(draft, choice),
             },
             spec=specs[name], shapes=shapes, precision=choice.precision,
-            memory=draft.steps[road.engine].memory_bytes,
+            memory=max(
+                draft.steps[road.engine].memory_bytes,
+                memory.needed(memory.STAND_IN, draft.source.fp32_bytes(draft.folder(name)))
+                if _cannot_run(draft, choice) else 0,
+            ),
         )
         for name, choice in chosen.items()
         for road in (roads[name],)
@@ -191,6 +195,44 @@ def verification(
         shapes=shapes, memory=largest,
     )  # fmt: skip
     return reports
+
+
+_SCORED = 64
+"""Prompts whose pictures say what a pass changes: the standard error of the change is then about 0.01."""
+
+
+def told_apart(
+    draft: Draft,
+    recipe: Recipe,
+    chosen: Mapping[str, Choice],
+    shapes: Shapes,
+    roads: Mapping[str, Road],
+    shared: Mapping[str, str],
+) -> dict[str, str]:
+    """Component -> the step that tells what each of its passes changed, where that is asked for.
+
+    shared: tokenizer and tables, for pictures of the tiny model.
+    """
+    full = widths.without(draft.family, chosen)
+    found = {}
+    for name, road in ((name, road) for name, road in roads.items() if road.stations):
+        inputs = {f"station.{number}": engine for number, (_, engine) in enumerate(road.stations)}
+        params: dict[str, Any] = {"backend": chosen[name].backend.name, "passes": [op for op, _ in road.stations[1:]]}
+        denoises = draft.family.plain(name) == draft.family.denoiser
+        if draft.source.id == TINY and denoises and recipe.settings(draft.family.denoiser).step_cache is None:
+            inputs |= {**shared, **{other: roads[other].engine for other in full if other != draft.family.denoiser}}
+            params |= {
+                **_reference(draft, recipe, chosen, shapes, step_cache=False),
+                "num_inference_steps": recipe.defaults.num_inference_steps,
+                "prompts": list(_tiny_prompts(_SCORED, "held_out")), "seed": recipe.verify.seed,
+                "backends": {n: choice.backend.name for n, choice in full.items()} | {draft.family.denoiser:
+                                                                                      chosen[name].backend.name},
+            }  # fmt: skip
+        found[name] = draft.add(
+            name, "each_pass", inputs, {**params, **_how(draft, chosen[name])}, shapes=shapes,
+            precision=chosen[name].precision, memory=draft.steps[road.engine].memory_bytes,
+        )  # fmt: skip
+    return found
 
 
 def _cannot_run(draft: Draft, choice: Choice) -> str:

@@ -118,6 +118,11 @@ class VerifyRecipe(Part):
         default=None,
         description="The same for NaN, values beyond fp16 and all one colour, at any shape. Unset = as on_fail.",
     )
+    each_pass: bool = Field(
+        default=False,
+        description="Build an engine after every pass too, and tell what each changes in the time of a call; with the "
+        "tiny model, also in how well pictures fit their prompts. Nothing is refused for it.",
+    )
 
     @property
     def floors(self) -> dict[str, FloorRecipe]:

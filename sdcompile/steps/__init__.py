@@ -46,5 +46,6 @@ OPS: dict[str, Op] = {
     "record": Op("sdcompile.steps.record", "verify", "samples", revision=3, packages=_TORCH),
     "engine": Op("sdcompile.steps.verify", "verify", "report", revision=4, host=True),
     "images": Op("sdcompile.steps.verify_images", "verify", "report", revision=4, host=True),
-    "bundle": Op("sdcompile.steps.package", "package", "bundle", revision=7),
+    "each_pass": Op("sdcompile.steps.each_pass", "verify", "effects", host=True),
+    "bundle": Op("sdcompile.steps.package", "package", "bundle", revision=8),
 }

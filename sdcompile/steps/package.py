@@ -20,6 +20,7 @@ from sdcompile.passes.base import read_effect
 from sdcompile.passes.nncf_int8 import SENSITIVITY
 from sdcompile.runtime.profiles import FILE as PROFILES
 from sdcompile.spec import Job, at_target
+from sdcompile.steps.each_pass import EACH_PASS
 from sdcompile.steps.report import reports as combined
 from sdcompile.steps.report import stood_in
 
@@ -166,6 +167,8 @@ def _component(
 ) -> bundle.ComponentEntry:
     notes = [fallback, stood_in(report) if report else None]
     races = [folder for role, folder in inputs.items() if role.startswith(f"race.{name}.")]
+    apart = inputs.get(f"apart.{name}")
+    measured = {} if apart is None else json.loads((apart / EACH_PASS).read_text(encoding="utf-8"))
     return bundle.ComponentEntry(
         backend=entry["backend"],
         precision=entry["precision"],
@@ -174,7 +177,7 @@ def _component(
         facts=dict(report["facts"]) if report else {},
         verification=_figures(report) if report else {},
         effects=[
-            {"pass": op, **effect}
+            {"pass": op, **effect, **measured.get(op, {})}
             for op in entry.get("passes", ())
             if (effect := read_effect(inputs[f"pass.{name}.{op}"])) is not None
         ],

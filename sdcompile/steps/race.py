@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 RACE = "race.json"
 
-_TOGETHER_BYTES = 500_000_000
-"""Engines of less than this are open at the same time; larger ones are timed one after the other."""
-
 _CALLS = 5
 """Calls that kernels are clocked in. The least time of each counts, which other work on the machine disturbs least."""
 
@@ -54,7 +51,7 @@ def run(inputs: Mapping[str, Path], out: Path, job: Job) -> None:
     timings = racing.race(
         {role: partial(backend.open, inputs[role], Host()) for role in cards},
         feeds,
-        together=sum(size_bytes(inputs[role]) for role in cards) <= _TOGETHER_BYTES,
+        together=sum(size_bytes(inputs[role]) for role in cards) <= racing.TOGETHER_BYTES,
     )
     speedup, wanted = timings["rival"]["cpu_ms"] / timings["engine"]["cpu_ms"], job.params["speedup"]
     told: dict[str, Any] = {
