@@ -206,6 +206,8 @@ def _fallback_component(work: Build, missed: _Missed) -> str | None:
         return None
     if not missed.report.get("own_decoder", {}).get("passed", True):
         return None  # no precision makes another decoder the right one
+    if not (missed.report.get("whole") or {"passed": True})["passed"]:
+        return None  # nor rows that depend on each other, which they do in fp32
     family = FAMILIES[work.recipe.family]
     candidates = [missed.component]
     if missed.component == PIPELINE:

@@ -73,6 +73,11 @@ def _effects(work: Build, paths: Mapping[str, Path], bundle: Path | None) -> dic
             if effect is not None:
                 row = told.setdefault(step.of, {"passes": [], "races": []})
                 row["passes"].append({"pass": step.op, **effect})
+    for step in work.plan:
+        if step.gives == "effects" and step.name in paths:
+            measured = json.loads((paths[step.name] / "each_pass.json").read_text(encoding="utf-8"))
+            for effect in told.get(step.of, {"passes": ()})["passes"]:
+                effect |= measured.get(effect["pass"], {})
     return told
 
 

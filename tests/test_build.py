@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdcompile.run import prepare
+from sdcompile.store import Store
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.tiny
 
@@ -184,6 +187,37 @@ def test_what_each_pass_changed_stands_beside_it_in_the_bundle(own):
     assert told["change"] == told["error"] == 0
     assert "0.000 ± 0.000" in own.run("inspect", own.bundle()).stdout
     assert made(own.build(passes, "verify.each_pass=true")) == set()
+
+
+@pytest.mark.parametrize(
+    ("sets", "scored"),
+    [
+        ((), True),
+        (("components.vae_encoder={}",), True),
+        (("shapes={height: 96, width: 96}",), False),
+        (("shapes={height: 64, width: 128}",), False),
+        (("components.unet.step_cache={every: 2, depth: 1}",), False),
+    ],
+)
+def test_pictures_are_scored_pass_by_pass_where_the_checker_can_read_them(stub, sets, scored):
+    passes = "components.unet.prune={sliced_attention: {slices: {1: 4}}}"
+    store = Store(stub.folder / "store")
+    plan = prepare(stub.recipe, (passes, "verify.each_pass=true", *sets), store, offline=True).plan
+    step = plan["unet.verify.each_pass"]
+    assert ("prompts" in step.job.params) is scored
+    assert ("tokenizer" in step.inputs) is scored
+    assert "vae_encoder" not in step.inputs
+
+
+def test_what_a_width_is_built_of_keeps_its_own_names_beside_the_engines_between_passes(stub):
+    widths = "components.unet.widths={w75: {heads: {ratio: 0.25}}}"
+    passes = "components.unet.prune={heads: {ratio: 0.25}, channels: {ratio: 0.25}}"
+    store = Store(stub.folder / "store")
+    plan = prepare(stub.recipe, ("backend=openvino", passes, widths, "verify.each_pass=true"), store, offline=True).plan
+    stations = plan["unet.verify.each_pass"].inputs
+    assert stations["station.1"] == "unet_w75.compile.openvino", "built once, as what it is built for anyway"
+    assert stations["station.2"] == "unet.compile.openvino"
+    assert "unet_w75.compile.openvino" in [step.name for step in plan.until("compile", "unet_w75")]
 
 
 def test_a_changed_field_makes_again_only_what_depends_on_it(own):

@@ -39,7 +39,7 @@ def effects(components: Mapping[str, Facts]) -> Iterator[Any]:
 def time_of_call(effect: Facts) -> str:
     """Before and after a pass, by processor time, which other work on the machine disturbs least; "" = not measured."""
     before, after = effect.get("cpu_ms", (0, 0))
-    return f"{after / before:.2f} of {before:.3g} ms" if before else ""
+    return f"{after / before:.2f} of {before:.{0 if before >= 100 else 2}f} ms" if before else ""
 
 
 def alignment(effect: Facts) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +26,7 @@ class Road(NamedTuple):
     passes  the passes, in order
     plain   the exported ONNX that no pass has touched
     races   those against the same unquantized, unpruned, where a stage must win: {"quantize": ..., "prune": ...}
-    stations  where each pass is to be told apart: (pass, the engine after it) in order, the first ("", before any)
+    stations  lays out an engine before and after each pass: (pass, the engine after it), the first ("", before any)
     """
 
     forms: dict[str, str]
@@ -34,7 +34,7 @@ class Road(NamedTuple):
     engine: str
     plain: str | None = None
     races: Mapping[str, str] = MappingProxyType({})
-    stations: tuple[tuple[str, str], ...] = ()
+    stations: Callable[[], list[tuple[str, str]]] = list
 
 
 _SHARED_STAGES = frozenset({"fetch", "prune", "export", "calibrate"})

@@ -107,14 +107,16 @@ def resolve(
             roads[name] = _component(
                 draft, name, choice, modules.get(family.plain(name)), specs[name], settings[name], facts,
                 {**given, "teacher": made_of}, max(recipe.opset, choice.opset), source.fp32_bytes(folder),
-                each_pass=one.verify.each_pass and name != family.shallow,
             )  # fmt: skip
-        reports = verification(draft, one, choices, specs, shapes, roads, reference)
-        ways[target] = Way(choices, roads, reports, told_apart(draft, one, choices, shapes, roads, shared))
+        ways[target] = Way(choices, roads, verification(draft, one, choices, specs, shapes, roads, reference))
         used = dict.fromkeys(choice.backend.name for choice in choices.values())
         notes += [f"{name}: {note}" for name in used for note in machine.probes[name].notes]
-        if one.verify.each_pass and (unrun := [name for name in used if machine.probes[name].cannot_run]):
-            notes.append(f"what each pass changes in time is not measured where engines cannot run: {', '.join(unrun)}")
+    # After all that is built anyway, which then has its own names.
+    for target, one in recipe.by_target().items():
+        if one.verify.each_pass:
+            draft.target = target
+            apart = told_apart(draft, one, ways[target].chosen, shapes, ways[target].roads, shared, notes)
+            ways[target] = ways[target]._replace(apart=apart)
     # A target that fell back may have become another one; that is no fault of the recipe.
     _refuse(recipe, _twins(ways) if not fallbacks else [])
     draft.target = ""
@@ -182,8 +184,6 @@ def _component(
     named: Mapping[str, str],
     opset: int,
     size: int,
-    *,
-    each_pass: bool,
 ) -> Road:
     """The road of one component from checkpoint to engine, and past a rival where int8 or pruning must win.
 
@@ -193,7 +193,9 @@ def _component(
     family, shapes, checkpoint = choice.params["family"], setting.shapes, named["teacher"]
     forms = {"checkpoint": checkpoint}
 
-    def walk(forms: dict[str, str], kind: str, choice: Choice, variant: str = "") -> tuple[str, ...]:
+    def walk(
+        forms: dict[str, str], kind: str, choice: Choice, variant: str = "", *, loose: bool = False
+    ) -> tuple[str, ...]:
         passes = []
         for planned in (p for p in choice.passes if p.record.kind == kind):
             record, inputs = planned.record, {kind: forms[kind]}
@@ -204,11 +206,13 @@ def _component(
             if kind == "checkpoint":
                 # fp32 and whole whatever the engine will be, so that all engines share the pruning.
                 params, of, precision = stepcaching.plain(params), module or spec, "fp32"
-            # A stand-in and a width have only some of the modules that the patterns they inherit may name.
+            # A stand-in, a width, and what it was before a pass, have only some of the modules and nodes that patterns
+            # may name.
             inherits = module is None or draft.family.plain(name) != name
-            loose = {"inherited": True} if inherits and kind != "checkpoint" else {}
+            inherits |= loose and bool(planned.params.get("keep_fp32"))
+            told = {"inherited": True} if inherits and kind != "checkpoint" else {}
             forms[kind] = draft.add(
-                name, record.name, inputs, {"family": family, **params, **planned.params, **loose}, spec=of,
+                name, record.name, inputs, {"family": family, **params, **planned.params, **told}, spec=of,
                 shapes=shapes, precision=precision,
                 memory=memory.needed(planned.memory(setting), size), disk=int(planned.disk(setting) * size),
                 variant=variant,
@@ -223,7 +227,7 @@ def _component(
             precision=choice.precision, memory=memory.needed(backend.memory, size), disk=size, variant=variant,
         )  # fmt: skip
 
-    def made(forms: dict[str, str], choice: Choice, variant: str = "") -> Road:
+    def made(forms: dict[str, str], choice: Choice, variant: str = "", *, loose: bool = False) -> Road:
         """From a checkpoint to an engine; adds to `forms`."""
         if choice.backend.takes == "checkpoint":
             return Road(forms, (), engine(forms, choice, variant))
@@ -237,7 +241,7 @@ def _component(
             memory=memory.needed(memory.EXPORT, size), disk=size, variant=variant,
         )  # fmt: skip
         exported = forms["onnx"]
-        passes = walk(forms, "onnx", choice, variant)
+        passes = walk(forms, "onnx", choice, variant, loose=loose)
         return Road(forms, passes, engine(forms, choice, variant), exported)
 
     def race(mine: str, rival: str, told: Mapping[str, Any], *, graph: str | None, precision: Precision) -> str:
@@ -263,15 +267,18 @@ def _component(
     if choice.accept is not None:
         other, told = made(plain, rival, variant), {**choice.accept, "of": "quantize"}
         races["quantize"] = race(road.engine, other.engine, told, graph=forms["onnx"], precision=choice.precision)
-    stations: list[tuple[str, str]] = []
-    if each_pass and not draft.machine.probes[choice.backend.name].cannot_run and (passes or choice.rest):
+
+    def stations() -> list[tuple[str, str]]:
         # A pass of the prune stage is told before anything is quantized, as its race is.
+        found = []
         for step in (checkpoint, *passes):
-            op = draft.steps[step].op if step != checkpoint else ""
-            stations.append((op, made({"checkpoint": step}, rival, f"after-{op}" if op else "unpruned").engine))
+            op, last = draft.steps[step].op if step != checkpoint else "", step == forms["checkpoint"]
+            variant = f"after-{op}" if op else "unpruned"
+            found.append((op, made({"checkpoint": step}, rival, variant, loose=not last).engine))
         quantizer = next((p.record.name for p in choice.passes if quantization((p.record.name,))), None)
-        stations += [(quantizer, road.engine)] if quantizer else []
-    return road._replace(passes=(*passes, *road.passes), races=races, stations=tuple(stations))
+        return [*found, (quantizer, road.engine)] if quantizer else found
+
+    return road._replace(passes=(*passes, *road.passes), races=races, stations=stations)
 
 
 def _faults_of_defaults(recipe: Recipe, shapes: Shapes) -> list[str]:

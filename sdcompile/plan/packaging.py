@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdcompile.plan import stepcaching
@@ -24,7 +25,7 @@ class Way(NamedTuple):
     chosen: Mapping[str, Choice]
     roads: Mapping[str, Road]
     reports: Mapping[str, str]
-    apart: Mapping[str, str]
+    apart: Mapping[str, str] = MappingProxyType({})
 
 
 def package(

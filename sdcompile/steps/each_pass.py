@@ -1,8 +1,8 @@
 """What each pass on an engine's way changed: the time of a call, and how well the tiny model's pictures fit.
 
 The component was built once more before the first pass and after each; all of these engines take turns on the same
-feeds, and draw the same prompts from the same noise. A pass's own effect.json, which is the same on every machine,
-cannot hold this: it is of one target on one processor.
+feeds (or, where they are large, are timed one after the other), and draw the same prompts from the same noise. A pass's
+own effect.json, which is the same on every machine, cannot hold this: it is of one target on one processor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from sdcompile import metrics
 from sdcompile.backends import BACKENDS, Engine, Host, racing
 from sdcompile.backends.base import read_card
 from sdcompile.files import size_bytes
@@ -73,7 +74,9 @@ def _scores(inputs: Mapping[str, Path], station: Path, job: Job, number: int, co
             done = (number + place / len(prompts)) / count
             job.say(f"pictures of engine {number + 1} of {count}, {place + 1} of {len(prompts)}", done)
             call = {"seed": job.params["seed"] + place, "unet_width": FULL, "output_type": "np"}
-            found.append(tiny.alignment(np.asarray(pipeline(prompt, **call).images)[0], prompt))
+            picture = np.asarray(pipeline(prompt, **call).images)[0]
+            # A picture of NaN shows nothing of what was asked for; the checker would refuse to look at it.
+            found.append(tiny.alignment(picture, prompt) if metrics.is_finite(picture) else 0.0)
     return found
 
 
