@@ -12,8 +12,8 @@ Figures = tuple[float, float]
 
 EXPORT: Figures = (1.0, 0.75)
 RECORD: Figures = (1.1, 0.9)
-STAND_IN: Figures = (1.7, 0.5)
-"""Verifying by its ONNX what cannot run: 5.9 GiB, the fp32 graph on both rows of a guided call."""
+STAND_IN: Figures = (1.7, 0.6)
+"""Verifying by its ONNX what cannot run: 6.0 GiB, the fp32 graph on both rows of a guided call."""
 
 
 def needed(figures: Figures, size: int) -> int:
