@@ -209,6 +209,20 @@ def test_pictures_are_scored_pass_by_pass_where_the_checker_can_read_them(stub, 
     assert "vae_encoder" not in step.inputs
 
 
+def test_passes_are_told_apart_on_every_target_that_can_run(stub):
+    sets = (
+        "backend=", "targets=[openvino, {backend: onnxruntime, precision: fp16}, stub]", "verify.each_pass=true",
+        "components.unet.prune={sliced_attention: {slices: {1: 4}}}",
+    )  # fmt: skip
+    plan = prepare(stub.recipe, sets, Store(stub.folder / "store"), offline=True).plan
+    bundle = plan["pipeline.package.bundle"].inputs
+    for target in ("openvino", "onnxruntime", "stub"):
+        told = plan[bundle[f"apart.unet@{target}"]]
+        assert (told.target, told.job.params["backend"]) == (target, target)
+        assert told.inputs["station.1"] == bundle[f"engine.unet@{target}"]
+        assert told.inputs["station.0"] != told.inputs["station.1"]
+
+
 def test_what_a_width_is_built_of_keeps_its_own_names_beside_the_engines_between_passes(stub):
     widths = "components.unet.widths={w75: {heads: {ratio: 0.25}}}"
     passes = "components.unet.prune={heads: {ratio: 0.25}, channels: {ratio: 0.25}}"

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -374,6 +375,20 @@ def test_an_inexact_engine_is_not_broken(verified):
     found, _ = verified(lambda feeds: {"out_sample": truth(feeds)["out_sample"] * 1.5})
     assert not found["passed"]
     assert reports.broken(found) == ""
+
+
+@pytest.mark.parametrize(("passed", "rebuilt"), [(True, "unet"), (False, None)])
+def test_rows_that_depend_on_each_other_do_so_in_every_precision(passed, rebuilt):
+    from sdcompile import run
+
+    chosen = SimpleNamespace(effective=lambda _: SimpleNamespace(precision="fp16", backend="onnxruntime"))
+    recipe = SimpleNamespace(
+        verify=SimpleNamespace(on_fail="fallback", on_nan=None), family="sd", by_target=lambda: {"": chosen}
+    )
+    row = {"error": None, "finite": True, "passed": False}
+    report = {"component": "unet", "samples": [row], "worst": row, "whole": {"passed": passed}}
+    missed = run._Missed(SimpleNamespace(of="unet", component="unet", target=""), None, report)  # type: ignore[arg-type]
+    assert run._fallback_component(SimpleNamespace(recipe=recipe), missed) == rebuilt  # type: ignore[arg-type]
 
 
 def test_a_decoder_of_other_latents_is_told_as_what_it_is():
