@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdcompile.errors import StageError
 from sdcompile.passes import nncf_manners, patterns
-from sdcompile.passes.base import Pass, Setting, by_modules, write_effect
+from sdcompile.passes.base import Pass, by_modules, write_effect
 from sdcompile.spec import Job
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def _insert_pairs(inputs: Mapping[str, Path], target: Path, job: Job, params: Pa
             f"{job.component}: no sample was recorded to fit ranges to",
             "raise `calibrate: {images: ..., max_samples: ...}`",
         )
-    with _unshared(source, target.parent) as readable:
+    with _unshared(source, target.parent, always=params.smooth_quant) as readable:
         model = ir.from_proto(_quantized(readable, fit, job, params, ignored))
         casting.map_weights(model, readable.parent)
         for old in target.parent.glob(f"{target.name}*"):
@@ -303,11 +303,11 @@ def _insert_pairs(inputs: Mapping[str, Path], target: Path, job: Job, params: Pa
 
 
 @contextmanager
-def _unshared(source: Path, scratch: Path) -> Iterator[Path]:
+def _unshared(source: Path, scratch: Path, *, always: bool) -> Iterator[Path]:
     """`source`, or a copy of it for as long as it is read: onnx (1.23) refuses weight files of several hard links,
-    and hard links are how the store shares them with engines."""
+    and hard links are how the store shares them with engines. `always` where something is written beside it."""
     files = sorted(source.parent.glob(f"{source.name}*"))
-    if all(path.stat().st_nlink == 1 for path in files):
+    if not always and all(path.stat().st_nlink == 1 for path in files):
         yield source
         return
     with tempfile.TemporaryDirectory(dir=scratch, prefix="unshared-") as folder:
@@ -373,12 +373,6 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
 
 
-def _memory(params: Params, setting: Setting) -> tuple[float, float]:
-    """Measured on SD 1.5, a UNet of 3.2 GiB, which stays mapped: 6.1 GiB, a little more with attention's products.
-    SmoothQuant changes weights, which NNCF then holds in the graph and in copies of it: 10.9 GiB."""
-    return (3.3, 0.8) if params.smooth_quant else (1.8, 0.8)
-
-
 PASS = Pass(
     name="nncf_int8",
     stage="quantize",
@@ -389,8 +383,10 @@ PASS = Pass(
     refuses=by_modules(refuses),
     packages=("nncf", "onnx", "onnxruntime"),
     calibrates=lambda params: True,
-    memory=_memory,
+    # Measured on SD 1.5, a UNet of 3.2 GiB, which stays mapped: 6.1 GiB, with SmoothQuant too.
+    memory=(1.8, 0.8),
     # The graph with pairs, its weights still fp32, and these rounded, beside the result; and where the store shares the
     # source's file, a copy of it for as long as it is read (which meets the others where biases are corrected again).
-    disk=3.0,
+    # SmoothQuant writes anew what it changes.
+    disk=lambda params, setting: 4.0 if params.smooth_quant else 3.0,
 )

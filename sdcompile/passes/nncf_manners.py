@@ -7,8 +7,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+CHANGED = "model.onnx.changed"
+"""Where weights that NNCF changes are put, beside the file of the others."""
+
+_LARGE_BYTES = 1 << 16
 
 
 @contextmanager
@@ -16,13 +22,15 @@ def lean() -> Iterator[None]:
     """Have NNCF hold no copy of a graph's weights.
 
     NNCF (3.4) takes no session options, makes an output of every tensor it measures, weights among them, which ONNX
-    Runtime then copies at every sample, and at the end loads all weights into the graph it returns. Here sessions
+    Runtime then copies at every sample, keeps those that SmoothQuant changes in the graph and in copies of it, and at
+    the end loads all weights into the graph it returns. Here sessions
     have no arena, no memory plan, no rewriting and no packed copy of weights; weights are measured once, from
-    their file; and they stay in it, but for those that SmoothQuant changes: the graph returned names the file of
-    the one given.
+    their file; and they stay in it, and those that change in the file `CHANGED`, in the folder of the graph given:
+    the graph returned names them there.
     """
     import onnxruntime as ort
     from nncf.onnx import engine
+    from nncf.onnx.graph import model_transformer
     from nncf.onnx.quantization import quantize_model
     from nncf.onnx.statistics.aggregator import ONNXStatisticsAggregator as Aggregator
 
@@ -34,12 +42,15 @@ def lean() -> Iterator[None]:
             self.add_session_config_entry("session.disable_prepacking", "1")
 
     theirs = engine.rt, quantize_model.load_external_data_for_model, Aggregator.collect_statistics
+    set_initializer = model_transformer.set_initializer
     engine.rt = SimpleNamespace(SessionOptions=Options, InferenceSession=ort.InferenceSession)
     quantize_model.load_external_data_for_model = lambda model, folder: None
     Aggregator.collect_statistics = _collect(Aggregator.collect_statistics)
+    model_transformer.set_initializer = _change(set_initializer)
     try:
         yield
     finally:
+        model_transformer.set_initializer = set_initializer
         engine.rt, quantize_model.load_external_data_for_model, Aggregator.collect_statistics = theirs
 
 
@@ -70,6 +81,32 @@ def _collect(theirs: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any
         self.statistic_points = everything
 
     return collect
+
+
+def _change(theirs: Callable[[str, Any, Any], None]) -> Callable[[str, Any, Any], None]:
+    """`theirs`, which puts a value into a graph, for small ones and graphs without external data."""
+    import numpy as np
+    from nncf.onnx.graph.model_metadata import MetadataKey, get_metadata
+    from nncf.onnx.graph.onnx_helper import get_tensor
+    from onnx import TensorProto, helper
+
+    def change(name: str, model: Any, value: Any) -> None:
+        folder = get_metadata(model, MetadataKey.EXTERNAL_DATA_DIR)
+        if not folder or value.nbytes < _LARGE_BYTES:
+            theirs(name, model, value)
+            return
+        tensor = get_tensor(model, name)
+        array = np.ascontiguousarray(value, helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        with (Path(folder) / CHANGED).open("ab") as file:
+            offset = file.tell()
+            file.write(array.data)
+        tensor.ClearField("raw_data")
+        del tensor.external_data[:]
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, told in (("location", CHANGED), ("offset", offset), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(told))
+
+    return change
 
 
 @contextmanager
