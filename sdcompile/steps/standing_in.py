@@ -97,24 +97,23 @@ def whole(exported: Path, samples: Samples, say: Say) -> dict[str, Any] | None:
     add afterwards (pairs, casts) knows no rows. Returns that of one sample of each shape which differs
     most, {"sample", "rows", "snr_db", "floor_db", "passed"}, or None where no call is made in parts.
     """
-    session, found = calculator.session(exported / "model.onnx"), list[dict[str, Any]]()
-    names = [output.name for output in session.get_outputs()]
-    seen = set[Any]()
+    session, floor = calculator.session(exported / "model.onnx"), metrics.FLOORS["fp32"].min_snr_db
+    names, inputs = [output.name for output in session.get_outputs()], [t.shape for t in session.get_inputs()]
+    found: dict[str, dict[str, Any]] = {}
     for name, told in samples.rows.items():
-        parts = list(calculator.calls(session, samples[name].feeds))
-        if told["shape"] in seen or len(parts) == 1:
+        shapes = [shape for key, shape in samples.shapes(name).items() if key.startswith("in.")]
+        first, *others = calculator.parts(shapes, inputs)
+        if told["shape"] in found or not others:
             continue
-        seen.add(told["shape"])
-        rows = len(next(iter(parts[0].values()))) + 1
+        rows = first.stop + 1
         feeds = {key: array[:rows] for key, array in samples[name].feeds.items()}
-        parts = list(calculator.calls(session, feeds))
-        say(f"the fp32 graph on {rows} rows at once, and in {len(parts)} parts", None)
-        apart = map(np.concatenate, zip(*(session.run(names, part) for part in parts), strict=True))
-        level = min(map(metrics.snr_db, apart, session.run(names, feeds)))
-        floor = metrics.FLOORS["fp32"].min_snr_db
-        told = {"sample": name, "rows": rows, "snr_db": round(level, 3), "floor_db": floor, "passed": level >= floor}
-        found.append(told)
-    return min(found, key=lambda row: row["snr_db"], default=None)
+        say(f"the fp32 graph on {rows} rows at once, and in parts", None)
+        apart = zip(*(session.run(names, part) for part in calculator.calls(session, feeds)), strict=True)
+        level = min(map(metrics.snr_db, map(np.concatenate, apart), session.run(names, feeds)))
+        found[told["shape"]] = {
+            "sample": name, "rows": rows, "snr_db": round(level, 3), "floor_db": floor, "passed": level >= floor,
+        }  # fmt: skip
+    return min(found.values(), key=lambda row: row["snr_db"], default=None)
 
 
 def proof(folder: Path) -> dict[str, list[Mapping[str, Any]]]:
